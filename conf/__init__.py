@@ -1,0 +1,1 @@
+"""Settings: YAML and key=value into frozen dataclasses, and the guideline as data."""

@@ -1,0 +1,1 @@
+"""What is stored: table specifications, Delta tables, run records."""

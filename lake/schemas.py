@@ -1,0 +1,472 @@
+"""Every table of the lake: columns with meaning and unit, key, the one engine that writes it.
+
+Engines derive their types from these specifications and tables are created only from them. docs/tables.md is
+generated from this file.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+Engine = Literal["spark", "delta-rs"]
+
+STRING, INT8, INT32, INT64 = pa.string(), pa.int8(), pa.int32(), pa.int64()
+FLOAT64, TIMESTAMP = pa.float64(), pa.timestamp("us", tz="UTC")
+SPLITS = ("train", "validation", "calibration", "test")
+SOURCES = ("annotated", "sampled", "mined", "engagement")
+
+
+class Grade(enum.IntEnum):
+    """How well a product answers a query, under the guideline."""
+
+    IRRELEVANT = 0
+    PARTIAL = 1
+    EXACT = 2
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its Arrow type and what a reader must know of it."""
+
+    name: str
+    type: pa.DataType
+    meaning: str
+    unit: str = ""
+    nullable: bool = False
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A table as the lake creates and guards it.
+
+    Attributes:
+        writer: the only engine that writes the table; all engines read it.
+        key: columns whose values are unique together.
+        partition_by: columns by whose values a part of the table is replaced.
+        checks: Delta CHECK constraints, name -> SQL condition.
+    """
+
+    name: str
+    meaning: str
+    writer: Engine
+    key: tuple[str, ...]
+    columns: tuple[Column, ...]
+    partition_by: tuple[str, ...] = ()
+    checks: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The Arrow schema, with nullability as specified."""
+        return pa.schema([pa.field(column.name, column.type, nullable=column.nullable) for column in self.columns])
+
+    @property
+    def column_names(self) -> list[str]:
+        """Column names in order."""
+        return [column.name for column in self.columns]
+
+
+_DATASET = Column("dataset", STRING, "data set the row belongs to; ids are unique within it")
+_QUERY_ID = Column("query_id", STRING, "query, unique within the data set")
+_PRODUCT_ID = Column("product_id", STRING, "product, unique within the data set")
+_PAIR = (_DATASET, _QUERY_ID, _PRODUCT_ID)
+_RUN = Column("run_id", STRING, "run that wrote the row")
+_CREATED = Column("created_at", TIMESTAMP, "when the row was written", "UTC")
+_GRADE_CHECK = ("grade_is_0_1_2", "grade IN (0, 1, 2)")
+
+
+def _grade(meaning: str) -> Column:
+    return Column("grade", INT8, meaning, "0 irrelevant, 1 partial, 2 exact")
+
+
+CATALOG_PRODUCT = TableSpec(
+    "catalog_product",
+    "Products of the catalogue, cleaned, one row each.",
+    "spark",
+    ("dataset", "product_id"),
+    (
+        _DATASET,
+        _PRODUCT_ID,
+        Column("title", STRING, "name of the product"),
+        Column("description", STRING, "free text", nullable=True),
+        Column("brand", STRING, "brand or maker", nullable=True),
+        Column("category", STRING, 'taxonomy path, levels joined by " > "', nullable=True),
+        Column("attributes", STRING, '"name: value" pairs joined by "; "', nullable=True),
+        Column("price", FLOAT64, "price", "the catalogue's currency", nullable=True),
+        Column("product_hash", STRING, "sha256 over the text fields; equal texts share it", "hex"),
+    ),
+)
+
+QUERY = TableSpec(
+    "query",
+    "Queries with the split that every later step obeys.",
+    "spark",
+    ("dataset", "query_id"),
+    (
+        _DATASET,
+        _QUERY_ID,
+        Column("text", STRING, "the query as typed, trimmed"),
+        Column(
+            "normalised",
+            STRING,
+            "lower case, punctuation that carries no meaning and repeated blanks removed",
+        ),
+        Column("query_hash", STRING, "sha256 of text", "hex"),
+        Column("split", STRING, "train, validation, calibration or test; by hash of the normalised text"),
+        Column("given_split", STRING, "train or test as the data set gave it", nullable=True),
+    ),
+    checks=(("split_is_known", f"split IN {SPLITS}"),),
+)
+
+SEARCH_EVENT = TableSpec(
+    "search_event",
+    "What shoppers saw and did, one row per event.",
+    "spark",
+    ("dataset", "event_id"),
+    (
+        _DATASET,
+        Column("event_id", STRING, "event, unique within the data set"),
+        Column("session_id", STRING, "visit in which it happened"),
+        _QUERY_ID,
+        _PRODUCT_ID,
+        Column("kind", STRING, "impression, click, cart or purchase"),
+        Column("position", INT32, "place in the result list, first is 1", "rank"),
+        Column("event_time", TIMESTAMP, "when it happened", "UTC"),
+    ),
+    checks=(("kind_is_known", "kind IN ('impression', 'click', 'cart', 'purchase')"),),
+)
+
+HUMAN_ANNOTATION = TableSpec(
+    "human_annotation",
+    "Marks that people gave, as given, with the grade each maps to.",
+    "spark",
+    ("dataset", "query_id", "product_id", "annotator", "mark_number"),
+    (
+        *_PAIR,
+        Column("annotator", STRING, "who gave the mark, where known", nullable=True),
+        Column("mark_number", INT32, "running number of the mark within its pair and annotator, first is 1"),
+        Column("mark", STRING, "the mark as given"),
+        Column("scale", STRING, "scale the mark stands on"),
+        Column("num_marks", INT32, "raters behind the mark; above 1 where only their mean is known", "raters"),
+        _grade("grade the mark maps to"),
+    ),
+    checks=(_GRADE_CHECK,),
+)
+
+ANNOTATION_CONSENSUS = TableSpec(
+    "annotation_consensus",
+    "One human grade per pair; an expert's verdict takes the place of the marks.",
+    "spark",
+    ("dataset", "query_id", "product_id"),
+    (
+        *_PAIR,
+        _grade("consensus of the marks, or the expert's verdict"),
+        Column("num_marks", INT32, "raters behind it", "raters"),
+        Column("agreement", FLOAT64, "share of the marks that equal the grade", "0..1"),
+        Column("judge", STRING, "human (marks) or expert (verdict)"),
+    ),
+    checks=(_GRADE_CHECK,),
+)
+
+ENGAGEMENT = TableSpec(
+    "engagement",
+    "Behaviour per pair, corrected for the position at which products were shown.",
+    "spark",
+    ("dataset", "query_id", "product_id"),
+    (
+        *_PAIR,
+        Column("impressions", INT64, "times shown", "events"),
+        Column("clicks", INT64, "clicks", "events"),
+        Column("carts", INT64, "cart additions", "events"),
+        Column("purchases", INT64, "purchases", "events"),
+        Column(
+            "expected_clicks",
+            FLOAT64,
+            "clicks an average product would have had at these positions",
+            "events",
+        ),
+        Column("corrected_rate", FLOAT64, "(clicks + prior) / (expected clicks + prior); 1 is average"),
+    ),
+)
+
+AUDIT_CONFLICT = TableSpec(
+    "audit_conflict",
+    "Pairs whose behaviour contradicts their human grade.",
+    "spark",
+    ("dataset", "query_id", "product_id"),
+    (
+        *_PAIR,
+        Column("kind", STRING, "loved_but_irrelevant or ignored_but_exact"),
+        _grade("the human grade in doubt"),
+        Column("impressions", INT64, "times shown", "events"),
+        Column("clicks", INT64, "clicks", "events"),
+        Column("purchases", INT64, "purchases", "events"),
+        Column("corrected_rate", FLOAT64, "position-corrected click rate; 1 is average"),
+        Column(
+            "priority",
+            FLOAT64,
+            "evidence against the grade, larger first: |log corrected rate| x sqrt(impressions)",
+        ),
+    ),
+    checks=(_GRADE_CHECK,),
+)
+
+AUDIT_VERDICT = TableSpec(
+    "audit_verdict",
+    "What an expert decided of a doubtful pair; the newest row of a pair counts.",
+    "spark",
+    ("dataset", "query_id", "product_id", "decided_at"),
+    (
+        *_PAIR,
+        _grade("the expert's grade"),
+        Column("expert", STRING, "who decided"),
+        Column("decided_at", TIMESTAMP, "when", "UTC"),
+        Column("note", STRING, "why", nullable=True),
+    ),
+    checks=(_GRADE_CHECK,),
+)
+
+CANDIDATE_PAIR = TableSpec(
+    "candidate_pair",
+    "Pairs that wait for a grade of the labeller.",
+    "spark",
+    ("dataset", "query_id", "product_id", "source"),
+    (
+        *_PAIR,
+        Column("source", STRING, "annotated (marks without consensus), sampled, mined or engagement"),
+    ),
+    partition_by=("source",),
+    checks=(("source_is_known", f"source IN {SOURCES}"),),
+)
+
+PAIR_GRADE = TableSpec(
+    "pair_grade",
+    "The ledger: every grade ever given. Append-only; one row per address.",
+    "delta-rs",
+    ("address",),
+    (
+        Column(
+            "address",
+            STRING,
+            "sha256 over guideline version, prompt, labeller, decoding, query text and product text",
+            "hex",
+        ),
+        *_PAIR,
+        Column("query_hash", STRING, "sha256 of the query's text", "hex"),
+        Column("product_hash", STRING, "sha256 over the product's text fields", "hex"),
+        _grade("most probable grade after calibration"),
+        Column("p0", FLOAT64, "calibrated probability of grade 0", "0..1"),
+        Column("p1", FLOAT64, "calibrated probability of grade 1", "0..1"),
+        Column("p2", FLOAT64, "calibrated probability of grade 2", "0..1"),
+        Column("judge", STRING, "kind of judge: labeller or human"),
+        Column("labeller", STRING, "fingerprint of the labeller's weights and calibration"),
+        Column("guideline", STRING, "version of the guideline"),
+        Column("prompt", STRING, "fingerprint of the prompt", "hex"),
+        Column("decoding", STRING, "task and decoding parameters"),
+        _RUN,
+        _CREATED,
+    ),
+    checks=(_GRADE_CHECK,),
+)
+
+TRAINING_INSTANCE = TableSpec(
+    "training_instance",
+    "One query with several graded products: what the encoder learns from. Train queries only.",
+    "spark",
+    ("stage", "dataset", "query_id"),
+    (
+        Column("stage", INT32, "1, or 2 (all original plus mined pairs)"),
+        _DATASET,
+        _QUERY_ID,
+        Column("query", STRING, "text of the query"),
+        Column("product_ids", pa.list_(STRING), "products, in id order"),
+        Column("grades", pa.list_(INT8), "grade of each product", "0, 1, 2"),
+        Column("sources", pa.list_(STRING), "where each pair comes from: human, or the candidate's source"),
+    ),
+    partition_by=("stage",),
+)
+
+MINED_PAIR = TableSpec(
+    "mined_pair",
+    "Pairs found by nearest-neighbour search with an encoder, before they are graded.",
+    "delta-rs",
+    ("round", "dataset", "query_id", "product_id"),
+    (
+        *_PAIR,
+        Column("rank", INT32, "place among the query's neighbours, first is 1", "rank"),
+        Column("score", FLOAT64, "cosine of query and product", "-1..1"),
+        Column("band", STRING, "top (rank <= k/2, may hold hard negatives) or tail (may hold hard positives)"),
+        Column("shard", INT32, "shard of the catalogue that held the product"),
+        Column("model", STRING, "fingerprint of the encoder"),
+        Column("round", INT32, "mining round, first is 1"),
+        _RUN,
+    ),
+)
+
+EMBEDDING_MANIFEST = TableSpec(
+    "embedding_manifest",
+    "Shard files of product vectors, one row per file.",
+    "delta-rs",
+    ("model", "dataset", "catalog", "shard"),
+    (
+        _RUN,
+        _DATASET,
+        Column("model", STRING, "fingerprint of the encoder"),
+        Column("catalog", STRING, "fingerprint of the products encoded"),
+        Column("shard", INT32, "number of the shard, first is 0"),
+        Column("path", STRING, "shard file, relative to the lake"),
+        Column("num_rows", INT64, "vectors in the file", "rows"),
+        Column("width", INT32, "length of a vector"),
+        Column("sha256", STRING, "hash of the file", "hex"),
+    ),
+)
+
+EVALUATION = TableSpec(
+    "evaluation",
+    "Retrieval quality, one row per model and data set.",
+    "delta-rs",
+    ("run_id", "dataset", "model"),
+    (
+        _RUN,
+        _DATASET,
+        Column("model", STRING, "pretrained, stage1, stage2 or the folder's name"),
+        Column("fingerprint", STRING, "fingerprint of the encoder"),
+        Column("split", STRING, "queries judged: test, or all"),
+        Column("num_queries", INT64, "queries measured", "queries"),
+        Column("num_queries_left_out", INT64, "queries without a grade above 0", "queries"),
+        Column("num_pairs", INT64, "judged pairs pooled for separation", "pairs"),
+        Column("num_products", INT64, "catalogue searched", "products"),
+        Column("metrics", pa.map_(STRING, FLOAT64), "metric -> value"),
+        Column("gain_over_pretrained", pa.map_(STRING, FLOAT64), "metric -> mean paired difference to pretrained"),
+        Column("gain_low", pa.map_(STRING, FLOAT64), "lower end of its 95 % bootstrap interval over queries"),
+        Column("gain_high", pa.map_(STRING, FLOAT64), "upper end"),
+        _CREATED,
+    ),
+)
+
+EVALUATION_QUERY = TableSpec(
+    "evaluation_query",
+    "Metrics per query and model, behind the rows of evaluation.",
+    "delta-rs",
+    ("run_id", "dataset", "model", "query_id"),
+    (
+        _RUN,
+        _DATASET,
+        Column("model", STRING, "pretrained, stage1, stage2 or the folder's name"),
+        _QUERY_ID,
+        Column("query", STRING, "text of the query"),
+        Column("metrics", pa.map_(STRING, FLOAT64), "metric -> value"),
+        Column("top_product_ids", pa.list_(STRING), "the ten best products, best first"),
+    ),
+)
+
+EVALUATION_PAIR = TableSpec(
+    "evaluation_pair",
+    "Score of every judged test pair under every model.",
+    "delta-rs",
+    ("run_id", "dataset", "model", "query_id", "product_id"),
+    (
+        _RUN,
+        *_PAIR,
+        Column("model", STRING, "pretrained, stage1, stage2 or the folder's name"),
+        _grade("human consensus"),
+        Column("score", FLOAT64, "cosine of query and product", "-1..1"),
+    ),
+)
+
+RUN_RECORD = TableSpec(
+    "run_record",
+    "What ran: inputs at their versions, outputs at theirs, counts and seconds.",
+    "delta-rs",
+    ("run_id",),
+    (
+        _RUN,
+        Column("job", STRING, "the job"),
+        Column("setting", STRING, "setting it ran with"),
+        Column("fingerprint", STRING, "hash of recipe and inputs; equal prints are the same work", "hex"),
+        Column("inputs", pa.map_(STRING, STRING), "table -> version, artifact -> fingerprint"),
+        Column("outputs", pa.map_(STRING, STRING), "table -> version, artifact -> path in the lake"),
+        Column("counts", pa.map_(STRING, INT64), "what was counted -> rows"),
+        Column("metrics", pa.map_(STRING, FLOAT64), "what was measured -> value"),
+        Column("recipe", STRING, "the recipe", "JSON"),
+        Column("rows", INT64, "rows the run is about", "rows"),
+        Column("seconds", FLOAT64, "wall time", "s"),
+        Column("started_at", TIMESTAMP, "start", "UTC"),
+        Column("code_version", STRING, "version of Assay"),
+    ),
+)
+
+QUARANTINE = TableSpec(
+    "quarantine",
+    "Rows that could not be used, with the reason; nothing is dropped without a row here.",
+    "delta-rs",
+    ("run_id", "part", "row_number"),
+    (
+        _RUN,
+        Column("part", STRING, "part of the run"),
+        Column("row_number", INT64, "number of the row within the part, first is 0"),
+        _DATASET,
+        Column("table_name", STRING, "table the row was meant for"),
+        Column("row", STRING, "the row as read", "JSON or raw text"),
+        Column("reason", STRING, "why it was refused"),
+        _CREATED,
+    ),
+)
+
+TABLES: dict[str, TableSpec] = {
+    spec.name: spec
+    for spec in (
+        CATALOG_PRODUCT,
+        QUERY,
+        SEARCH_EVENT,
+        HUMAN_ANNOTATION,
+        ANNOTATION_CONSENSUS,
+        ENGAGEMENT,
+        AUDIT_CONFLICT,
+        AUDIT_VERDICT,
+        CANDIDATE_PAIR,
+        PAIR_GRADE,
+        TRAINING_INSTANCE,
+        MINED_PAIR,
+        EMBEDDING_MANIFEST,
+        EVALUATION,
+        EVALUATION_QUERY,
+        EVALUATION_PAIR,
+        RUN_RECORD,
+        QUARANTINE,
+    )
+}
+
+
+def check_schema(spec: TableSpec, schema: pa.Schema, place: str = "") -> None:
+    """Compares a schema with the specification, name by name; order does not matter, types do.
+
+    Raises:
+        ValueError: one sentence naming the column, what was expected and what came.
+    """
+    where = f"{place or spec.name}: "
+    expected = {column.name: column for column in spec.columns}
+    extra = [name for name in schema.names if name not in expected]
+    if extra:
+        raise ValueError(f"{where}column {extra[0]!r} is not in the table; drop it or add it to lake/schemas.py")
+    for name, column in expected.items():
+        index = schema.get_field_index(name)
+        if index < 0:
+            raise ValueError(f"{where}column {name!r} is missing; the job must give it")
+        got = schema.field(index).type
+        if _plain_type(got) != _plain_type(column.type):
+            raise ValueError(f"{where}column {name!r} expected {column.type}, got {got}; cast it in the job")
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type without what engines spell differently: large strings, names and nullability of list items."""
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return STRING
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.list_(_plain_type(kind.value_type))
+    if pa.types.is_map(kind):
+        return pa.map_(_plain_type(kind.key_type), _plain_type(kind.item_type))
+    return kind

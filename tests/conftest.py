@@ -1,0 +1,42 @@
+"""What tests share: one Spark session for the whole run, a fresh lake for each test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lake.storage import Lake
+
+# Before torch is loaded: threads that spin while they wait made a test of 0.8 s take 15 s on two busy cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture(scope="session")
+def spark() -> Iterator[object]:
+    """Local Spark with Delta on two cores; starting one takes seconds, so all tests share it."""
+    from lake.spark import SparkPlacement, session
+
+    running = session(SparkPlacement(num_cores=2, driver_memory_gib=2))
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def lake(tmp_path: Path) -> Lake:
+    """An empty lake."""
+    return Lake(str(tmp_path / "lake"))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A Ray cluster of two cores in this process, shared by all tests."""
+    import ray
+
+    from ray_apps.cluster import RayPlacement, connect
+
+    connect(RayPlacement(address="local", num_cpus=2))
+    yield
+    ray.shutdown()

@@ -1,0 +1,127 @@
+import os
+import stat
+from datetime import UTC, datetime
+
+import pyarrow as pa
+import pytest
+
+from lake import tables
+from lake.schemas import CANDIDATE_PAIR, MINED_PAIR, PAIR_GRADE, QUARANTINE
+from lake.storage import Lake, LakeError, atomic_folder
+
+
+@pytest.fixture
+def lake(tmp_path):
+    return Lake(str(tmp_path / "lake"))
+
+
+def rejected(*numbers, reason="no title"):
+    row = {"run_id": "r", "part": "p", "dataset": "d", "table_name": "t", "row": "{}", "reason": reason}
+    rows = [row | {"row_number": number, "created_at": datetime.now(UTC)} for number in numbers]
+    return pa.Table.from_pylist(rows, schema=QUARANTINE.schema)
+
+
+def ledger_row(address="a", **changes):
+    row = dict.fromkeys(PAIR_GRADE.column_names, "x") | {"p0": 0.1, "p1": 0.2, "p2": 0.7, "grade": 2}
+    row |= {"address": address, "created_at": datetime.now(UTC)} | changes
+    return pa.Table.from_pylist([row], schema=PAIR_GRADE.schema)
+
+
+def test_replayed_part_is_not_appended_twice(lake):
+    assert tables.append_once(lake, QUARANTINE, rejected(0, 1), run_id="r", part="0")
+    assert not tables.append_once(lake, QUARANTINE, rejected(0, 1), run_id="r", part="0")
+    assert tables.append_once(lake, QUARANTINE, rejected(2), run_id="r", part="1")
+    assert sorted(tables.rows(lake, QUARANTINE).column("row_number").to_pylist()) == [0, 1, 2]
+
+
+def test_an_older_version_can_be_read_again(lake):
+    tables.append_once(lake, QUARANTINE, rejected(0), run_id="r", part="0")
+    before = tables.version(lake, QUARANTINE)
+    tables.append_once(lake, QUARANTINE, rejected(1), run_id="r", part="1")
+    assert tables.rows(lake, QUARANTINE, version=before).num_rows == 1
+    assert tables.rows(lake, QUARANTINE).num_rows == 2
+
+
+def test_replace_of_a_part_leaves_the_other_rows(lake):
+    def mined(round_number, *products):
+        row = {"dataset": "d", "query_id": "q", "rank": 1, "score": 0.5, "band": "top", "shard": 0, "model": "m"}
+        rows = [row | {"product_id": item, "round": round_number, "run_id": "r"} for item in products]
+        return pa.Table.from_pylist(rows, schema=MINED_PAIR.schema)
+
+    tables.replace(lake, MINED_PAIR, mined(1, "a", "b"), run_id="r", where="round = 1")
+    tables.replace(lake, MINED_PAIR, mined(2, "c"), run_id="r", where="round = 2")
+    tables.replace(lake, MINED_PAIR, mined(1, "d"), run_id="r", where="round = 1")
+    assert sorted(tables.rows(lake, MINED_PAIR).column("product_id").to_pylist()) == ["c", "d"]
+
+
+def test_a_grade_outside_the_scale_is_refused_by_the_table_itself(lake):
+    tables.create(lake, PAIR_GRADE)
+    with pytest.raises(Exception, match=r"(?i)grade"):
+        tables.append_once(lake, PAIR_GRADE, ledger_row(grade=3), run_id="r", part="0")
+    assert tables.rows(lake, PAIR_GRADE).num_rows == 0
+
+
+def test_a_null_in_a_required_column_is_named(lake):
+    with pytest.raises(ValueError, match="pair_grade: column 'labeller' holds nulls"):
+        tables.append_once(lake, PAIR_GRADE, ledger_row(labeller=None), run_id="r", part="0")
+    assert not tables.exists(lake, PAIR_GRADE)
+
+
+def test_rows_that_repeat_the_key_are_refused(lake):
+    twice = pa.concat_tables([ledger_row(), ledger_row()])
+    with pytest.raises(ValueError, match=r"pair_grade: rows repeat the key \('address',\)"):
+        tables.append_once(lake, PAIR_GRADE, twice, run_id="r", part="0")
+
+
+def test_only_the_owner_writes_a_table(lake):
+    with pytest.raises(ValueError, match="candidate_pair: is written by spark only"):
+        tables.create(lake, CANDIDATE_PAIR)
+
+
+def test_a_missing_table_says_what_to_do(lake):
+    with pytest.raises(LakeError, match=r"pair_grade: no such table in lake=.*; run the job that writes it"):
+        tables.rows(lake, PAIR_GRADE)
+
+
+def test_a_corrupt_data_file_is_one_sentence(lake):
+    tables.append_once(lake, QUARANTINE, rejected(0), run_id="r", part="0")
+    (data_file,) = [path for path in os.scandir(lake.table("quarantine")) if path.name.endswith(".parquet")]
+    with open(data_file.path, "wb") as stream:
+        stream.write(b"not parquet at all")
+    with pytest.raises(LakeError, match=r"quarantine@newest in .* cannot be read") as caught:
+        tables.rows(lake, QUARANTINE)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_read_only_folder_is_refused(tmp_path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(LakeError, match=r"cannot write there"):
+        Lake(str(tmp_path / "lake")).check_writable()
+
+
+def test_a_lake_under_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LakeError, match=r"cannot write there .*; choose another lake=DIR"):
+        Lake(str(tmp_path / "file" / "lake")).check_writable()
+
+
+def test_a_lake_with_a_scheme_is_refused():
+    with pytest.raises(LakeError, match="only local folders"):
+        Lake("gs://bucket/lake")
+
+
+def test_an_atomic_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "model"
+
+    def fail_midway():
+        with atomic_folder(str(target)) as scratch:
+            (scratch / "half").write_text("x")
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        fail_midway()
+    assert list(tmp_path.iterdir()) == []
+    with atomic_folder(str(target)) as scratch:
+        (scratch / "whole").write_text("x")
+    assert [path.name for path in target.iterdir()] == ["whole"]
