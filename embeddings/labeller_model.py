@@ -1,0 +1,272 @@
+"""The labeller's weights: both kinds as one module from token ids to grade logits, and their training by steps.
+
+What a step does follows from (recipe, step) alone: its pairs, its learning rate, its dropout. A checkpoint holds
+weights and optimiser state only, and a resumed run repeats the unbroken one.
+"""
+
+# N pairs, L tokens
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging as transformers_logging
+
+from conf.load import fingerprint
+from embeddings.batches import stable_seed
+from embeddings.encoder import has_fast_bf16, resolve_model
+from embeddings.labeller import (
+    LabellerRecipe,
+    PairEncoder,
+    load_labeller_card,
+    load_pair_encoder,
+)
+from lake.schemas import Grade
+
+BUCKET_BATCHES = 16
+"""Pairs of similar length are drawn together from windows of this many batches, which halves the padding."""
+
+MAX_BATCH_TOKENS = 8192
+"""Tokens of a batch when only probabilities are wanted, padding included."""
+
+
+class GradeModel(nn.Module):
+    """Token ids of pairs to three logits each, float32.
+
+    Args:
+        backbone: a sequence classifier, or a causal LM.
+        encoder: says which kind it is, how to pad and which tokens are grades.
+    """
+
+    def __init__(self, backbone: Any, encoder: PairEncoder) -> None:
+        super().__init__()
+        self.backbone, self.pad_id, self.grade_token_ids = backbone, encoder.pad_id, encoder.grade_token_ids
+
+    def forward(self, pairs: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [N, 3]; a generative labeller's are those of its grade tokens, as an engine's mask leaves them."""
+        place = next(self.backbone.parameters()).device
+        length, left = max(map(len, pairs)), bool(self.grade_token_ids)
+        ids_NL = torch.full((len(pairs), length), self.pad_id)
+        mask_NL = torch.zeros((len(pairs), length), dtype=torch.long)
+        for row, pair in enumerate(pairs):
+            # a causal LM is read at its last place, which is everyone's with padding on the left
+            span = slice(length - len(pair), length) if left else slice(0, len(pair))
+            ids_NL[row, span] = torch.tensor(pair)
+            mask_NL[row, span] = 1
+        inputs = {"input_ids": ids_NL.to(place), "attention_mask": mask_NL.to(place)}
+        if not left:
+            return self.backbone(**inputs).logits.float()  # type: ignore[no-any-return]
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        logits_NV = self.backbone(**inputs, logits_to_keep=1).logits[:, -1]
+        return logits_NV[:, list(self.grade_token_ids)].float()  # type: ignore[no-any-return]
+
+
+def build_labeller(recipe: LabellerRecipe, encoder: PairEncoder, *, device: str) -> GradeModel:
+    """The backbone in float32, with a fresh head or adapters drawn from the recipe's seed."""
+    source = resolve_model(recipe.model)
+    torch.manual_seed(recipe.seed)
+    backbone = _load(source, recipe.kind)
+    if recipe.tuning == "lora":
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        task = TaskType.SEQ_CLS if recipe.kind == "classifier" else TaskType.CAUSAL_LM
+        adapters = LoraConfig(
+            r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules="all-linear", task_type=task
+        )
+        backbone = get_peft_model(backbone, adapters)
+    return GradeModel(backbone, encoder).to(device)
+
+
+def save_weights(model: GradeModel, encoder: PairEncoder, folder: Path) -> None:
+    """Writes a plain Hugging Face folder in float32; adapters are merged into the weights."""
+    backbone = model.backbone
+    if hasattr(backbone, "merge_and_unload"):
+        backbone = backbone.merge_and_unload()
+    backbone.config.use_cache = True
+    backbone.save_pretrained(folder)
+    encoder.tokenizer.save_pretrained(folder)
+
+
+@lru_cache(maxsize=1)
+def load_labeller(folder: str) -> tuple[GradeModel, PairEncoder]:
+    """A saved labeller for plain torch, ready to grade."""
+    encoder = load_pair_encoder(folder)
+    return GradeModel(_load(folder, load_labeller_card(folder).kind), encoder).eval(), encoder
+
+
+def plain_probabilities(
+    model: GradeModel, pairs: Sequence[Sequence[int]], *, bf16: bool = False
+) -> NDArray[np.float32]:
+    """Uncalibrated probabilities [N, 3] by torch alone, longest pairs first to pad little."""
+    order = sorted(range(len(pairs)), key=lambda row: -len(pairs[row]))
+    probability_N3 = np.empty((len(pairs), len(Grade)), dtype=np.float32)
+    training, place = model.training, next(model.parameters()).device.type
+    model.eval()
+    start = 0
+    with torch.inference_mode(), torch.autocast(place, torch.bfloat16, enabled=bf16):
+        while start < len(order):
+            rows = order[start : start + max(1, MAX_BATCH_TOKENS // len(pairs[order[start]]))]
+            logits_N3 = model([pairs[row] for row in rows])
+            probability_N3[rows] = functional.softmax(logits_N3.float(), dim=-1).cpu().numpy()
+            start += len(rows)
+    model.train(training)
+    return probability_N3
+
+
+class LabellerTrainer:
+    """Weights, optimiser and position of one fine-tuning run on one worker.
+
+    Args:
+        model: trained in place.
+        pairs: token ids of the whole training set, the same on every worker.
+        grades: their grades.
+        recipe: what to do.
+        rank: of this worker.
+        world_size: number of workers.
+        wrap: puts the module into DistributedDataParallel; the module as it is for a single worker.
+    """
+
+    def __init__(
+        self,
+        model: GradeModel,
+        pairs: Sequence[Sequence[int]],
+        grades: Sequence[int],
+        recipe: LabellerRecipe,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+    ) -> None:
+        if not pairs:
+            raise ValueError("labeller: expected graded pairs of train queries, got none; check query.split")
+        self.model, self.pairs, self.recipe, self.rank, self.world_size = model, pairs, recipe, rank, world_size
+        self.grade_N = torch.tensor(grades)
+        self.steps_per_epoch = math.ceil(len(pairs) / recipe.batch_size)
+        self.num_steps = self.steps_per_epoch * recipe.epochs
+        self.device = next(model.parameters()).device
+        self.bf16 = recipe.precision == "bf16" or (
+            recipe.precision == "auto" and not recipe.deterministic and has_fast_bf16(self.device.type)
+        )
+        self.step = 0
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+        counts = torch.bincount(self.grade_N, minlength=len(Grade)).clamp(min=1)
+        balanced = len(pairs) / (len(Grade) * counts)
+        self.weight = (balanced if recipe.class_weights == "balanced" else torch.ones(len(Grade))).to(self.device)
+        self._parallel = wrap(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.learning_rate)
+
+    def train_step(self) -> float:
+        """Updates the weights once; returns this worker's share of the loss, summed over its pairs.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; the weights are as before.
+        """
+        torch.use_deterministic_algorithms(self.recipe.deterministic)
+        torch.manual_seed(stable_seed(self.recipe.seed, self.step, self.rank))
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate * self._rate(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        everyone = self._batch()
+        # a worker left without a pair in the last step takes the first one at weight 0: DDP waits for all
+        rows = everyone[self.rank :: self.world_size]
+        share, rows = (1.0, rows) if rows else (0.0, everyone[:1])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            logits_N3 = self._parallel([self.pairs[row] for row in rows])
+        grade_N = self.grade_N[rows].to(self.device)
+        total = functional.cross_entropy(logits_N3.float(), grade_N, self.weight, reduction="sum") * share
+        # DDP takes the mean over workers; this makes it the mean over the step's pairs
+        (total * self.world_size / len(everyone)).backward()  # type: ignore[no-untyped-call]
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"step {self.step}: the gradient is {norm}; lower learning_rate or use precision=fp32"
+            )
+        self.optimizer.step()
+        self.step += 1
+        return total.item()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Copies of the trained parameters on the processor."""
+        return {name: p.detach().cpu().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Puts parameters back that `weights` gave."""
+        self.model.load_state_dict(weights, strict=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a trainer of the same recipe and data needs to go on."""
+        return {
+            "identity": self._identity(),
+            "step": self.step,
+            "weights": self.weights(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over the position of another trainer.
+
+        Raises:
+            ValueError: it had another recipe or other pairs.
+        """
+        if state["identity"] != self._identity():
+            raise ValueError(
+                "labeller: the checkpoint is of another recipe or other pairs; start the run under another name"
+            )
+        self.set_weights(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    def _batch(self) -> list[int]:
+        epoch, place = divmod(self.step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, epoch_batches([len(pair) for pair in self.pairs], self.recipe, epoch))
+        return self._epoch[1][place]
+
+    def _identity(self) -> str:
+        return fingerprint(self.recipe, len(self.pairs), [sum(pair) for pair in self.pairs], self.grade_N.tolist())
+
+    def _rate(self, step: int) -> float:
+        warmup = self.recipe.warmup_share * self.num_steps
+        rising, falling = (step + 1) / max(warmup, 1), (self.num_steps - step) / max(self.num_steps - warmup, 1)
+        return max(0.0, min(1.0, rising, falling))
+
+
+def epoch_batches(lengths: Sequence[int], recipe: LabellerRecipe, epoch: int) -> list[list[int]]:
+    """Rows of every batch of an epoch, over all workers: a function of (seed, epoch) and the lengths alone."""
+    rng, size = np.random.default_rng([recipe.seed, epoch]), recipe.batch_size
+    order, window = rng.permutation(len(lengths)).tolist(), size * BUCKET_BATCHES
+    batches = []
+    for start in range(0, len(order), window):
+        near = sorted(order[start : start + window], key=lambda row: lengths[row])
+        batches += [near[first : first + size] for first in range(0, len(near), size)]
+    return [batches[index] for index in rng.permutation(len(batches))]
+
+
+def _load(source: str, kind: str) -> Any:
+    shown = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # a fresh head is what we want, not news
+    transformers_logging.disable_progress_bar()
+    try:
+        if kind == "classifier":
+            return AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=len(Grade), dtype=torch.float32
+            )
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    finally:
+        transformers_logging.set_verbosity(shown)

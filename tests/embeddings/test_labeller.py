@@ -1,0 +1,189 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conf.load import ConfigError
+from embeddings.guideline import ProductFields, load_guideline
+from embeddings.labeller import (
+    LabellerRecipe,
+    PairEncoder,
+    calibrated,
+    calibration_error,
+    export_labeller,
+    fit_temperature,
+    load_labeller_card,
+    negative_log_likelihood,
+    save_labeller,
+    violations,
+)
+from embeddings.labeller_model import (
+    GradeModel,
+    LabellerTrainer,
+    build_labeller,
+    epoch_batches,
+    load_labeller,
+    plain_probabilities,
+    save_weights,
+)
+from tests.tiny_models import tiny_bert_folder, tiny_causal_lm_folder, tiny_guideline_file
+
+QUERIES = ["red shoe", "blue lamp", "green sofa", "red lamp"] * 6
+PRODUCTS = [
+    ProductFields(title) for title in ("red shoe", "blue shoe", "knife", "a red lamp with a very long name")
+] * 6
+GRADES = [2, 1, 0, 2] * 6
+
+
+def build(tmp_path, kind, **changes):
+    tmp_path.mkdir(exist_ok=True)
+    folder = tiny_bert_folder(tmp_path / "model") if kind == "classifier" else tiny_causal_lm_folder(tmp_path / "model")
+    limit = 64 if kind == "classifier" else 512
+    changes["guideline"] = str(tiny_guideline_file(tmp_path / "guideline.yaml"))
+    values = {"learning_rate": 3e-3, "batch_size": 8, "deterministic": True, "max_tokens": limit} | changes
+    recipe = LabellerRecipe(kind=kind, model=str(folder), **values)
+    encoder = PairEncoder(recipe.model, recipe, load_guideline(recipe.guideline))
+    return recipe, encoder, encoder.encode(QUERIES, PRODUCTS)
+
+
+@pytest.fixture(autouse=True)
+def _usual_kernels_afterwards():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def trainer_of(recipe, encoder, pairs):
+    return LabellerTrainer(build_labeller(recipe, encoder, device="cpu"), pairs, GRADES, recipe)
+
+
+def test_a_long_product_is_cut_and_the_query_and_the_prompts_end_are_not(tmp_path):
+    for kind in ("classifier", "generative"):
+        _, encoder, _ = build(tmp_path / kind, kind)
+        short, long = encoder.encode(["red shoe"] * 2, [ProductFields("shoe"), ProductFields("shoe " * 500)])
+        assert len(short) < len(long) == encoder.max_tokens
+        assert long[-1] == short[-1]
+        assert encoder.tokenizer.decode(long).replace(" ", "").find("redshoe") >= 0
+
+
+def test_the_generative_kind_gives_the_masked_softmax_of_the_model_itself(tmp_path):
+    recipe, encoder, pairs = build(tmp_path, "generative")
+    model = build_labeller(recipe, encoder, device="cpu")
+
+    given = plain_probabilities(model, pairs[:4])
+
+    plain = AutoModelForCausalLM.from_pretrained(recipe.model).eval()
+    for pair, row in zip(pairs[:4], given, strict=True):
+        logits = plain(torch.tensor([pair])).logits[0, -1, list(encoder.grade_token_ids)]
+        np.testing.assert_allclose(row, logits.softmax(-1).detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "generative"])
+def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one_and_learns(tmp_path, kind):
+    changes = {"epochs": 4} if kind == "classifier" else {"epochs": 1, "batch_size": 12, "learning_rate": 1e-4}
+    recipe, encoder, pairs = build(tmp_path, kind, **changes)
+    whole = trainer_of(recipe, encoder, pairs)
+    untrained = negative_log_likelihood(plain_probabilities(whole.model, pairs), np.array(GRADES))
+    while whole.step < whole.num_steps:
+        whole.train_step()
+    broken = trainer_of(recipe, encoder, pairs)
+    for _ in range(whole.num_steps // 2):
+        broken.train_step()
+    resumed = trainer_of(recipe, encoder, pairs)
+    resumed.load_state_dict(broken.state_dict())
+    while resumed.step < resumed.num_steps:
+        resumed.train_step()
+
+    for name, weight in whole.weights().items():
+        assert torch.equal(weight, resumed.weights()[name]), name
+    assert negative_log_likelihood(plain_probabilities(whole.model, pairs), np.array(GRADES)) < untrained
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_checkpoint_of_other_pairs_is_refused(tmp_path):
+    recipe, encoder, pairs = build(tmp_path, "classifier")
+    other = LabellerTrainer(build_labeller(recipe, encoder, device="cpu"), pairs[:8], GRADES[:8], recipe)
+
+    with pytest.raises(ValueError, match="another recipe or other pairs"):
+        trainer_of(recipe, encoder, pairs).load_state_dict(other.state_dict())
+
+
+def test_an_epoch_holds_every_pair_once_and_depends_on_seed_and_epoch_alone():
+    recipe = LabellerRecipe(batch_size=7)
+    lengths = [3 + row % 11 for row in range(100)]
+
+    batches = epoch_batches(lengths, recipe, 3)
+
+    assert sorted(row for batch in batches for row in batch) == list(range(100))
+    assert len(batches) == 15
+    assert batches == epoch_batches(lengths, recipe, 3) != epoch_batches(lengths, recipe, 4)
+
+
+def test_adapters_are_merged_into_a_plain_folder(tmp_path):
+    recipe, encoder, pairs = build(tmp_path, "classifier", tuning="lora", epochs=1)
+    trainer = trainer_of(recipe, encoder, pairs)
+    while trainer.step < trainer.num_steps:
+        trainer.train_step()
+    expected = plain_probabilities(trainer.model, pairs)
+    save_weights(trainer.model, encoder, tmp_path / "merged")
+
+    again = build_labeller(
+        dataclasses.replace(recipe, model=str(tmp_path / "merged"), tuning="full"), encoder, device="cpu"
+    )
+
+    np.testing.assert_allclose(plain_probabilities(again, pairs), expected, atol=1e-5)
+
+
+def test_a_saved_labeller_is_itself_again_and_its_fingerprint_follows_weights_and_temperature(tmp_path):
+    recipe, encoder, pairs = build(tmp_path, "classifier")
+    model: GradeModel = build_labeller(recipe, encoder, device="cpu")
+    save_weights(model, encoder, tmp_path / "weights")
+    cards = [
+        save_labeller(
+            tmp_path / "weights", str(tmp_path / name), recipe, grade_token_ids=(), temperature=t, metrics={"ece": 0.1}
+        )
+        for name, t in (("a", 1.5), ("b", 1.5), ("c", 2.0))
+    ]
+
+    assert cards[0] == cards[1] == load_labeller_card(tmp_path / "a")
+    assert cards[0].fingerprint != cards[2].fingerprint
+    assert cards[0].address("q", "p") != cards[2].address("q", "p")
+    loaded, its_encoder = load_labeller(str(tmp_path / "a"))
+    assert its_encoder.encode(QUERIES, PRODUCTS) == pairs
+    np.testing.assert_allclose(plain_probabilities(loaded, pairs), plain_probabilities(model, pairs), atol=1e-6)
+
+    export_labeller(str(tmp_path / "a"), str(tmp_path / "out"))
+    assert "1/1.5" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert (tmp_path / "out/guideline.md").is_file()
+    with pytest.raises(ConfigError, match="is there already"):
+        export_labeller(str(tmp_path / "a"), str(tmp_path / "model"))
+    with pytest.raises(ConfigError, match=r"no assay_labeller.json there"):
+        load_labeller_card(tmp_path / "weights")
+
+
+def test_the_temperature_of_overconfident_probabilities_is_found():
+    rng = np.random.default_rng(0)
+    logits_N3 = rng.normal(size=(20_000, 3))
+    true_N3 = np.exp(logits_N3) / np.exp(logits_N3).sum(axis=1, keepdims=True)
+    grade_N = (true_N3.cumsum(axis=1) < rng.random((20_000, 1))).sum(axis=1)
+    too_sure_N3 = true_N3**3 / (true_N3**3).sum(axis=1, keepdims=True)
+
+    found = fit_temperature(too_sure_N3, grade_N)
+
+    assert found == pytest.approx(3.0, rel=0.06)
+    assert calibration_error(calibrated(too_sure_N3, found), grade_N) < 0.02 < calibration_error(too_sure_N3, grade_N)
+    assert fit_temperature(too_sure_N3[:0], grade_N[:0]) == 1.0
+
+
+def test_answers_that_are_no_distribution_are_marked():
+    answers_N3 = np.array([[0.2, 0.3, 0.5], [np.nan, 0.5, 0.5], [0.5, 0.6, 0.2], [-0.1, 0.6, 0.5], [1.0, 0.0, 0.0]])
+
+    assert violations(answers_N3).tolist() == [False, True, True, True, False]
+
+
+def test_a_tokenizer_without_single_digits_and_a_prompt_without_room_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="leaves"):
+        build(tmp_path, "generative", max_tokens=128)
+    with pytest.raises(ConfigError, match="reads 128"):
+        build(tmp_path / "b", "classifier", max_tokens=512)

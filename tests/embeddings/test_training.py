@@ -1,0 +1,257 @@
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from conf.load import ConfigError, load
+from embeddings.batches import BatchRecipe, Instance
+from embeddings.encoder import EncoderRecipe, build_encoder
+from embeddings.training import ContrastiveTrainer, TrainRecipe, by_length, plan_steps, use_bf16
+from embeddings.validation import build_validation, validation_ndcg
+from tests.tiny_models import tiny_bert_folder
+
+WORDS = ["lamp", "hose", "shoe", "drill", "sofa", "kettle", "paint", "rug"]
+BATCH = BatchRecipe(queries_per_step=4, max_products_per_query=4)
+
+
+def toy_instances():
+    """Grade 2 repeats the word of the query, grade 1 its first letters, grade 0 is another word."""
+    return [
+        Instance(
+            ("toy", str(number)),
+            f"{colour} {word}",
+            [
+                f"{word} {colour}",
+                f"{word[:2]} {colour}",
+                f"{WORDS[number - 1]} 7",
+                f"{WORDS[number - 3]} 9",
+                "misc 5",
+            ],
+            np.array([2, 1, 0, 0, 0], dtype=np.int8),
+        )
+        for colour in ("red", "blue")
+        for number, word in enumerate(WORDS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    place = tmp_path_factory.mktemp("models")
+    return {dropout: str(tiny_bert_folder(place / f"bert{dropout}", dropout=dropout)) for dropout in (0.0, 0.1)}
+
+
+@pytest.fixture
+def build(folders):
+    def trainer(recipe, dropout=0.1, **placement):
+        model = build_encoder(EncoderRecipe(model=folders[dropout]))
+        return ContrastiveTrainer(model, toy_instances(), recipe, **placement)
+
+    return trainer
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices this small only wait for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(trainer, steps):
+    return [trainer.train_step(step) for step in range(trainer.step, trainer.step + steps)]
+
+
+def parameters(trainer):
+    return {name: value.clone() for name, value in trainer.tower.state_dict().items()}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_resumed_training_is_bit_equal_to_an_unbroken_run(build, stage):
+    recipe = TrainRecipe(stage=stage, max_steps=6, batch=BATCH, deterministic=True, learning_rate=1e-3)
+    unbroken = build(recipe)
+    run(unbroken, 6)
+    broken = build(recipe)
+    run(broken, 3)
+    file = io.BytesIO()
+    torch.save(broken.state_dict(), file)
+    file.seek(0)
+    torch.manual_seed(12345)
+    resumed = build(recipe)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert resumed.step == 3
+    run(resumed, 3)
+    expected = parameters(unbroken)
+    for name, value in parameters(resumed).items():
+        assert torch.equal(value, expected[name]), name
+    assert not torch.equal(
+        parameters(broken)["encoder.0.model.embeddings.word_embeddings.weight"],
+        expected["encoder.0.model.embeddings.word_embeddings.weight"],
+    )
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        TrainRecipe(stage=1, max_steps=120, batch=BATCH, learning_rate=1e-3, head_learning_rate=1e-3),
+        TrainRecipe(stage=2, max_steps=120, batch=BATCH, learning_rate=1e-3, head_learning_rate=1e-3),
+        TrainRecipe(stage=2, ranking_weight=0.5, max_steps=120, batch=BATCH, learning_rate=1e-3, precision="bf16"),
+    ],
+    ids=["supcon", "circle", "circle and supcon in bf16"],
+)
+def test_loss_falls_and_grades_come_apart_on_a_toy(build, recipe):
+    history = run(build(recipe), recipe.max_steps)
+    losses = [metrics["loss"] for metrics in history]
+    assert np.mean(losses[-4:]) < 0.7 * np.mean(losses[:4])
+    exact, partial, irrelevant = (
+        np.mean([metrics[f"similarity_grade_{grade}"] for metrics in history[-4:]]) for grade in (2, 1, 0)
+    )
+    assert exact > partial > irrelevant
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_mean_gradient_over_workers_equals_that_of_one_worker(build, stage, world_size):
+    recipe = TrainRecipe(stage=stage, max_steps=4, batch=BATCH, precision="fp32")
+
+    def gradients(rank, workers):
+        # in float64: padding differs between workers, and float32 sums differ with it
+        trainer = build(recipe, dropout=0.0, rank=rank, world_size=workers, wrap=torch.nn.Module.double)
+        loss, _ = trainer.step_loss(1)
+        loss.backward()
+        return {name: each.grad for name, each in trainer.tower.named_parameters() if each.requires_grad}
+
+    alone = gradients(0, 1)
+    parts = [gradients(rank, world_size) for rank in range(world_size)]
+    assert all(gradient is not None for gradient in alone.values())
+    for name, expected in alone.items():
+        mean = torch.stack([part[name] for part in parts]).mean(dim=0)
+        torch.testing.assert_close(mean, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_ddp_finds_a_gradient_for_every_weight(build):
+    """A weight that no gradient reaches makes DDP raise at the second step."""
+    trainer = build(TrainRecipe(max_steps=2, batch=BATCH), wrap=torch.nn.parallel.DistributedDataParallel)
+    assert [metrics["learning_rate"] > 0 for metrics in run(trainer, 2)] == [True, True]
+
+
+@pytest.fixture
+def one_process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ddp_processes_train_like_one(folders, tmp_path):
+    """Two gloo processes, two steps; the weights equal those of one process. 20 to 60 s, most of it imports."""
+    torch.multiprocessing.spawn(_ddp_worker, args=(folders[0.0], str(tmp_path)), nprocs=2)
+    recipe = TrainRecipe(stage=1, max_steps=2, batch=BATCH, precision="fp32")
+    model = build_encoder(EncoderRecipe(model=folders[0.0]))
+    alone = ContrastiveTrainer(model, toy_instances(), recipe, wrap=torch.nn.Module.double)
+    run(alone, 2)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)["tower"] for rank in range(2))
+    for name, expected in parameters(alone).items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], expected, atol=1e-6, rtol=0)
+
+
+def _ddp_worker(rank, model, place):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{place}/store", rank=rank, world_size=2)
+    recipe = TrainRecipe(stage=1, max_steps=2, batch=BATCH, precision="fp32")
+    trainer = ContrastiveTrainer(
+        build_encoder(EncoderRecipe(model=model)),
+        toy_instances(),
+        recipe,
+        rank=rank,
+        world_size=2,
+        wrap=lambda module: torch.nn.parallel.DistributedDataParallel(module.double()),
+    )
+    run(trainer, 2)
+    torch.save(trainer.state_dict(), f"{place}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_metrics_of_a_step_are_those_of_the_drawn_texts(build):
+    trainer = build(TrainRecipe(max_steps=10, batch=BATCH, warmup_share=0.5))
+    metrics = trainer.train_step(0)
+    assert metrics["temperature"] == pytest.approx(0.05)
+    assert metrics["learning_rate"] == pytest.approx(5e-5 / 5)
+    assert 4 + 4 < metrics["num_texts"] <= 4 + 4 * 4
+    assert all(-1 <= metrics[f"similarity_grade_{grade}"] <= 1 for grade in range(3))
+    assert metrics["gradient_norm"] > 0
+
+
+def test_temperature_is_learned_by_supcon_only_and_stays_in_bounds(build):
+    supcon = build(TrainRecipe(max_steps=5, batch=BATCH, temperature=0.01, head_learning_rate=1.0, warmup_share=0.0))
+    run(supcon, 5)
+    assert 0.0099 < math.exp(supcon.tower.log_temperature.item()) < 1.0001
+    circle = build(TrainRecipe(stage=2, max_steps=5, batch=BATCH))
+    assert not circle.tower.log_temperature.requires_grad
+
+
+def test_steps_out_of_order_and_foreign_checkpoints_are_refused(build):
+    trainer = build(TrainRecipe(max_steps=5, batch=BATCH))
+    with pytest.raises(ValueError, match="expected step 0, got 2"):
+        trainer.train_step(2)
+    with pytest.raises(ValueError, match="another folder"):
+        trainer.load_state_dict(build(TrainRecipe(max_steps=6, batch=BATCH)).state_dict())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(build):
+    trainer = build(TrainRecipe(max_steps=5, batch=BATCH))
+    before = parameters(trainer)
+    hook = trainer.tower.log_temperature.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(FloatingPointError, match="learning_rate"):
+        trainer.train_step(0)
+    hook.remove()
+    assert all(torch.equal(value, before[name]) for name, value in parameters(trainer).items())
+
+
+def test_steps_follow_from_epochs_unless_given():
+    assert plan_steps(TrainRecipe(epochs=1.5, batch=BATCH), 10) == 4
+    assert plan_steps(TrainRecipe(epochs=1.5, max_steps=7, batch=BATCH), 10) == 7
+
+
+def test_deterministic_runs_stay_in_fp32_unless_told_otherwise():
+    assert not use_bf16(TrainRecipe(deterministic=True), "cpu")
+    assert use_bf16(TrainRecipe(deterministic=True, precision="bf16"), "cpu")
+
+
+def test_a_weight_that_would_be_ignored_is_refused():
+    with pytest.raises(ConfigError, match="ranking_weight"):
+        load(TrainRecipe, {"stage": 1, "ranking_weight": 0.5})
+
+
+def test_validation_ndcg_equals_the_value_by_hand(monkeypatch):
+    instances = [
+        Instance(("s", "1"), "q", ["a", "b", "c"], np.array([2, 1, 0], dtype=np.int8)),
+        Instance(("s", "2"), "r", ["c"], np.array([0], dtype=np.int8)),
+    ]
+    validation = build_validation(instances)
+    assert validation.queries == ["q"]
+    cosine = {"q": 1.0, "a": 0.8, "b": 0.9, "c": 0.1}
+    monkeypatch.setattr(
+        "embeddings.validation.encode",
+        lambda model, texts, side, bf16: np.array([[cosine[text]] for text in texts], dtype=np.float32),
+    )
+    expected = (0.5 + 1 / math.log2(3)) / (1 + 0.5 / math.log2(3))
+    assert validation_ndcg(None, validation) == pytest.approx(expected)
+    assert build_validation(instances[1:]).queries == []
+
+
+def test_texts_are_grouped_by_length_and_every_text_once():
+    groups = by_length(["ccc", "a", "dddd", "bb", "e"], 2)
+    assert [group.tolist() for group in groups] == [[1, 4], [3, 0], [2]]
+
+
+def test_grouping_does_not_change_the_loss(build, monkeypatch):
+    losses = []
+    for size in (3, 1000):
+        monkeypatch.setattr("embeddings.training.TEXTS_PER_GROUP", {False: size, True: size})
+        losses.append(build(TrainRecipe(precision="fp32", batch=BATCH), dropout=0.0).step_loss(0)[0].item())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
