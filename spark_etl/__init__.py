@@ -1,0 +1,1 @@
+"""Spark: DataFrame in, DataFrame out; only what Spark Connect offers."""

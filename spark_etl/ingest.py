@@ -1,0 +1,82 @@
+"""All raw tables of all data sets, checked against their types and against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as sf
+
+from lake.schemas import CATALOG_PRODUCT, HUMAN_ANNOTATION, QUERY, SEARCH_EVENT
+from spark_etl import annotations as marks
+from spark_etl import catalog, events, queries
+from spark_etl.checked import Tally, kept
+from spark_etl.raw import find_files, read_raw
+from spark_etl.recipes import IngestRecipe
+from spark_etl.splits import with_split
+
+NEEDED = ("catalog", "queries", "annotations")
+
+
+def check_folders(folders: Mapping[str, str]) -> None:
+    """Checks that every data set has the parts without which nothing can follow; events are optional.
+
+    Raises:
+        ValueError: a part has no file.
+    """
+    for dataset, folder in folders.items():
+        for part in NEEDED:
+            if not find_files(Path(folder) / part):
+                raise ValueError(
+                    f"{folder}/{part}: no data file for {dataset}; expected .jsonl, .csv or .parquet there"
+                )
+
+
+def check_tables(
+    spark: SparkSession, folders: Mapping[str, str], recipe: IngestRecipe, scratch: Path
+) -> dict[str, DataFrame]:
+    """Table -> checked frame (see spark_etl.checked), each persisted, since it is counted before it is written.
+
+    Args:
+        folders: data set -> its raw folder.
+        scratch: folder for unpacked files; must outlive the frames.
+    """
+
+    def read(part: str, columns: Sequence[str]) -> DataFrame:
+        return read_raw(spark, folders, part, columns, scratch)
+
+    product = catalog.check_products(read("catalog", catalog.COLUMNS), recipe).persist()
+    query = with_split(queries.check_queries(read("queries", queries.COLUMNS), recipe), recipe.splits).persist()
+    products, query_rows = kept(product, CATALOG_PRODUCT), kept(query, QUERY)
+    annotation = marks.check_annotations(read("annotations", marks.COLUMNS), query_rows, products)
+    event = events.check_events(read("events", events.COLUMNS), query_rows, products)
+    return {
+        CATALOG_PRODUCT.name: product,
+        QUERY.name: query,
+        HUMAN_ANNOTATION.name: annotation.persist(),
+        SEARCH_EVENT.name: event.persist(),
+    }
+
+
+def read_rejected(spark: SparkSession, folders: Mapping[str, str], scratch: Path) -> DataFrame:
+    """Rows that the importer of a data set refused, as quarantine takes them."""
+    raw = read_raw(spark, folders, "rejected", ("table", "row", "reason"), scratch)
+    return raw.select(
+        "dataset",
+        sf.coalesce("table", sf.lit("unknown")).alias("table_name"),
+        sf.coalesce("row", "raw_row").alias("row"),
+        sf.coalesce("reason", sf.lit("refused by the source without a reason")).alias("reason"),
+    )
+
+
+def check_kept(counts: Mapping[str, Sequence[Tally]], folders: Mapping[str, str]) -> None:
+    """Refuses data sets of which no product or no query is left.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    for table, part in ((CATALOG_PRODUCT.name, "catalog"), (QUERY.name, "queries")):
+        held = {count.dataset for count in counts[table] if count.num_kept}
+        for dataset in folders.keys() - held:
+            raise ValueError(f"{folders[dataset]}/{part}: is empty, it has no row that {table} can use; give rows")

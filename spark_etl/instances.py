@@ -1,0 +1,112 @@
+"""Graded pairs into instances: one train query with several graded products.
+
+Grades of experts go before those of people, those before the labeller's. The labeller's grades are found in the
+ledger by the hashes of the texts, never by ids: what was once graded is graded wherever the texts return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pyspark.sql import DataFrame, Window
+from pyspark.sql import functions as sf
+
+from lake.schemas import TRAINING_INSTANCE
+from spark_etl.consensus import with_verdicts
+from spark_etl.recipes import InstancesRecipe
+
+PAIR = ("dataset", "query_id", "product_id")
+QUERY_KEY = ("dataset", "query_id")
+PRECEDENCE = ("expert", "human", "annotated", "sampled", "engagement", "mined")
+"""Which source gives a pair's grade, and its name in `sources`, where there are several."""
+
+
+def build_instances(tables: Mapping[str, DataFrame], recipe: InstancesRecipe) -> DataFrame:
+    """Instances of train queries with at least two distinct grades, products in id order.
+
+    Stage 1 holds all human grades and the graded candidates that were not mined. Stage 2 holds the same and the
+    mined pairs that `keep_by_band` lets through; a mined pair with a human grade is there already.
+
+    Args:
+        tables: table -> rows: query, catalog_product and annotation_consensus; audit_verdict, candidate_pair,
+            pair_grade and, for stage 2, mined_pair where there are any.
+    """
+    train = tables["query"].where(sf.col("split") == "train")
+    human = tables["annotation_consensus"]
+    if "audit_verdict" in tables:
+        human = with_verdicts(human, tables["audit_verdict"])
+    graded = human.select(*PAIR, "grade", sf.col("judge").alias("source"))
+    if "pair_grade" in tables:
+        for pairs in _ungraded(tables, recipe):
+            graded = graded.unionByName(pairs)
+    chosen = _at_most(_one_per_pair(graded.join(train, on=list(QUERY_KEY), how="left_semi")), recipe)
+    items = sf.sort_array(sf.collect_list(sf.struct("product_id", "grade", "source")))
+    return (
+        chosen.groupBy(*QUERY_KEY)
+        .agg(items.alias("items"), sf.count_distinct("grade").alias("num_grades"))
+        .where(sf.col("num_grades") >= 2)
+        .join(train.select(*QUERY_KEY, sf.col("text").alias("query")), on=list(QUERY_KEY), how="inner")
+        .select(
+            sf.lit(recipe.stage).cast("int").alias("stage"),
+            *QUERY_KEY,
+            "query",
+            sf.col("items.product_id").alias("product_ids"),
+            sf.col("items.grade").alias("grades"),
+            sf.col("items.source").alias("sources"),
+        )
+        .select(*TRAINING_INSTANCE.column_names)
+    )
+
+
+def newest_grades(ledger: DataFrame, recipe: InstancesRecipe) -> DataFrame:
+    """The newest grade of each pair of texts, of the recipe's labeller if it names one, if probable enough."""
+    rows = ledger.where(sf.col("labeller") == recipe.labeller) if recipe.labeller else ledger
+    age = sf.row_number().over(
+        Window.partitionBy("query_hash", "product_hash").orderBy(sf.desc("created_at"), "address")
+    )
+    probability = sf.element_at(sf.array("p0", "p1", "p2"), sf.col("grade").cast("int") + 1)
+    newest = rows.withColumn("age", age).where("age = 1").where(probability >= recipe.min_grade_probability)
+    return newest.select("query_hash", "product_hash", "grade")
+
+
+def keep_by_band(mined: DataFrame) -> DataFrame:
+    """Mined pairs that teach: grade 0 near the top (hard negatives), 1 and 2 in the tail (hard positives)."""
+    is_hard_negative = (sf.col("band") == "top") & (sf.col("grade") == 0)
+    is_hard_positive = (sf.col("band") == "tail") & (sf.col("grade") > 0)
+    return mined.where(is_hard_negative | is_hard_positive)
+
+
+def _ungraded(tables: Mapping[str, DataFrame], recipe: InstancesRecipe) -> list[DataFrame]:
+    """Candidates, and for stage 2 mined pairs, with the grade that the ledger has for their texts."""
+    grades, found = newest_grades(tables["pair_grade"], recipe), []
+    if "candidate_pair" in tables:
+        candidates = tables["candidate_pair"].where(sf.col("source") != "mined")
+        found.append(_graded(candidates, tables, grades))
+    if recipe.stage == 2 and "mined_pair" in tables:
+        latest = sf.row_number().over(Window.partitionBy(*PAIR).orderBy(sf.desc("round"), "rank"))
+        mined = tables["mined_pair"].withColumn("age", latest).where("age = 1").withColumn("source", sf.lit("mined"))
+        found.append(keep_by_band(_graded(mined, tables, grades)))
+    return [frame.select(*PAIR, "grade", "source") for frame in found]
+
+
+def _graded(pairs: DataFrame, tables: Mapping[str, DataFrame], grades: DataFrame) -> DataFrame:
+    queries = tables["query"].select(*QUERY_KEY, "query_hash")
+    products = tables["catalog_product"].select("dataset", "product_id", "product_hash")
+    return (
+        pairs.join(queries, on=list(QUERY_KEY), how="inner")
+        .join(products, on=["dataset", "product_id"], how="inner")
+        .join(grades, on=["query_hash", "product_hash"], how="inner")
+    )
+
+
+def _one_per_pair(graded: DataFrame) -> DataFrame:
+    rank = sf.array_position(sf.lit(list(PRECEDENCE)), sf.col("source")).alias("rank")
+    best = sf.min(sf.struct(rank, "grade", "source"))
+    return graded.groupBy(*PAIR).agg(best.alias("best")).select(*PAIR, "best.*")
+
+
+def _at_most(pairs: DataFrame, recipe: InstancesRecipe) -> DataFrame:
+    is_human = sf.col("rank") <= PRECEDENCE.index("human") + 1
+    by_chance = sf.xxhash64(sf.lit(recipe.seed), *PAIR)
+    order = sf.row_number().over(Window.partitionBy(*QUERY_KEY).orderBy(sf.desc(is_human), by_chance, "product_id"))
+    return pairs.withColumn("order", order).where(sf.col("order") <= recipe.max_products_per_query)

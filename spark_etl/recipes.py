@@ -1,0 +1,107 @@
+"""What the Spark jobs compute, as settings; free of Spark, so that a job's help needs no engine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from conf.load import meaning, settings
+
+CandidateSource = Literal["annotated", "sampled", "mined", "engagement"]
+
+
+@settings
+class SplitRecipe:
+    """Shares of the splits; test is what the other three leave."""
+
+    train: Annotated[float, meaning("share of train queries", "0..1", gt=0, lt=1)] = 0.7
+    validation: Annotated[float, meaning("share of validation queries", "0..1", gt=0, lt=1)] = 0.1
+    calibration: Annotated[float, meaning("share of calibration queries", "0..1", gt=0, lt=1)] = 0.1
+
+    def __post_init__(self) -> None:
+        if self.train + self.validation + self.calibration > 1:
+            raise ValueError("train + validation + calibration is above 1; the rest is the share of test")
+
+
+@settings
+class IngestRecipe:
+    """What raw rows must look like, and how many may fail."""
+
+    max_title_chars: Annotated[int, meaning("longest title; longer ones are quarantined", "characters", ge=1)] = 1000
+    max_query_chars: Annotated[int, meaning("longest query; longer ones are quarantined", "characters", ge=1)] = 1000
+    max_rejected_fraction: Annotated[
+        float, meaning("share of a table's raw rows that may be quarantined before the run fails", "0..1", ge=0, le=1)
+    ] = 0.1
+    splits: SplitRecipe = SplitRecipe()
+
+
+@settings
+class ConsensusRecipe:
+    """When marks are a consensus."""
+
+    min_agreement: Annotated[
+        float,
+        meaning("share of a pair's marks that must give its grade; a tie never is a consensus", "0..1", ge=0, le=1),
+    ] = 0.0
+
+
+@settings
+class EngagementRecipe:
+    """How behaviour is corrected for position."""
+
+    prior_clicks: Annotated[
+        float, meaning("clicks added to the clicks and the expected clicks; pulls rare pairs to 1", "clicks", gt=0)
+    ] = 1.0
+
+
+@settings
+class AuditRecipe:
+    """When behaviour contradicts a grade."""
+
+    min_impressions: Annotated[int, meaning("pairs shown less often are not judged by behaviour", "events", ge=1)] = 20
+    min_clicks: Annotated[int, meaning("fewest clicks of a loved pair", "events", ge=1)] = 3
+    loved_quantile: Annotated[
+        float, meaning("a pair is loved above this quantile of its data set's corrected rates", "0..1", gt=0, lt=1)
+    ] = 0.8
+    ignored_quantile: Annotated[
+        float, meaning("a pair is ignored below this quantile of its data set's corrected rates", "0..1", gt=0, lt=1)
+    ] = 0.2
+
+    def __post_init__(self) -> None:
+        if self.ignored_quantile > self.loved_quantile:
+            raise ValueError("ignored_quantile is above loved_quantile; no pair may be both loved and ignored")
+
+
+@settings
+class SamplePairsRecipe:
+    """Which pairs are put before the labeller."""
+
+    sources: Annotated[
+        tuple[CandidateSource, ...], meaning("sources written; rows of other sources stay", min_length=1)
+    ] = ("annotated", "sampled", "engagement")
+    irrelevant_share: Annotated[
+        float, meaning("share of grade 0 that an instance shall hold at least", "0..1", ge=0, lt=1)
+    ] = 0.65
+    slack: Annotated[
+        float,
+        meaning("products sampled beyond the need, since the labeller grades some of them above 0", "share", ge=0),
+    ] = 0.2
+    max_sampled_per_query: Annotated[int, meaning("most products sampled for a query", "products", ge=0)] = 100
+    max_engagement_per_query: Annotated[
+        int, meaning("most products taken for a query from what shoppers saw, by impressions", "products", ge=0)
+    ] = 10
+    seed: Annotated[int, meaning("seed of the sample", ge=0)] = 0
+
+
+@settings
+class InstancesRecipe:
+    """Which graded pairs the encoder learns from."""
+
+    stage: Annotated[Literal[1, 2], meaning("1: all but mined pairs; 2: all of stage 1 and the mined pairs kept")] = 1
+    labeller: Annotated[str, meaning("fingerprint of the labeller whose grades count; empty: the newest grade")] = ""
+    min_grade_probability: Annotated[
+        float, meaning("labeller's grades less probable than this are left out", "0..1", ge=0, le=1)
+    ] = 0.0
+    max_products_per_query: Annotated[
+        int, meaning("most products of an instance; human grades first, then by hash", "products", ge=2)
+    ] = 256
+    seed: Annotated[int, meaning("seed of the choice above max_products_per_query", ge=0)] = 0

@@ -1,0 +1,207 @@
+"""Raw rows into typed rows: reasons, repetitions, normal form, splits."""
+
+import hashlib
+
+import pytest
+
+from spark_etl.annotations import check_annotations
+from spark_etl.catalog import check_products
+from spark_etl.checked import REPEATED, tally
+from spark_etl.events import check_events
+from spark_etl.queries import check_queries, normal_form
+from spark_etl.recipes import IngestRecipe, SplitRecipe
+from spark_etl.splits import with_split
+
+PRODUCT = "dataset string, product_id string, title string, description string, brand string, category string"
+PRODUCT += ", attributes string, price string, raw_row string, unparsed boolean"
+QUERY = "dataset string, query_id string, query string, split string, raw_row string, unparsed boolean"
+
+
+def product(product_id, title, price="1.5", *, description=None, category=None, raw_row=None, unparsed=False):
+    row = raw_row or f"{product_id}|{title}|{price}|{description}|{category}"
+    return ("d", product_id, title, description, None, category, None, price, row, unparsed)
+
+
+def query(query_id, text, split=None, dataset="d"):
+    return (dataset, query_id, text, split, f"{query_id}|{text}|{split}", False)
+
+
+def test_broken_products_get_reasons_and_good_ones_types(spark):
+    rows = [
+        product(" p1 ", "  Red\u00a0 shoe ", "9.90", description="a\n b", category="Shoes>Running  >Road"),
+        product("p2", "Blue shoe", None),
+        product("", "no id"),
+        product("p3", "  "),
+        product("p4", "dear", "12 dollars"),
+        product("p5", "not a number", "NaN"),
+        product("p6", "t" * 1001),
+        product(None, None, None, raw_row="{broken", unparsed=True),
+    ]
+    checked = {
+        row["raw_row"][:4]: row
+        for row in check_products(spark.createDataFrame(rows, PRODUCT), IngestRecipe()).collect()
+    }
+    first = checked[" p1 "]
+    assert (first["product_id"], first["title"], first["description"]) == ("p1", "Red shoe", "a b")
+    assert (first["category"], first["price"], first["reason"]) == ("Shoes > Running > Road", 9.9, None)
+    text = "\x1f".join(["Red shoe", "a b", "", "Shoes > Running > Road", ""])
+    assert first["product_hash"] == hashlib.sha256(text.encode()).hexdigest()
+    assert {key: row["reason"] for key, row in checked.items() if row["reason"]} == {
+        "|no ": "product_id is missing",
+        "p3| ": "title is missing",
+        "p4|d": "price is not a number",
+        "p5|n": "price is not a number",
+        "p6|t": "title is longer than 1000 characters",
+        "{bro": "the line is not a row of its file's format",
+    }
+    assert checked["p2|B"]["price"] is None
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_repeated_id_keeps_one_row_whatever_the_order_read(spark, order):
+    rows = [product("p1", "Anvil"), product("p1", "Anvil"), product("p1", "Bellows"), product("p2", "Anvil")][::order]
+    checked = check_products(spark.createDataFrame(rows, PRODUCT), IngestRecipe()).persist()
+    found = sorted((row["product_id"], row["title"], row["reason"] or "") for row in checked.collect())
+    assert found == [
+        ("p1", "Anvil", ""),
+        ("p1", "Anvil", REPEATED),
+        ("p1", "Bellows", "another row has the same product_id and other content"),
+        ("p2", "Anvil", ""),
+    ]
+    (count,) = tally(checked)
+    assert (count.num_kept, count.num_rejected, count.num_repeated, count.rejected_fraction) == (2, 1, 1, 0.25)
+
+
+def test_normal_form_keeps_signs_that_carry_meaning(spark):
+    texts = {
+        '  36" TV,  wall-mount!! ': '36" tv wall mount',
+        "Men's shoes (size 9.5).": "mens shoes size 9.5",
+        "3/4 in. plywood 1,000 pcs": "3/4 in plywood 1000 pcs",
+        "C++ & 50% off": "c++ & 50% off",
+        "Crème brûlée": "crème brûlée",
+        "???": "???",
+    }
+    frame = spark.createDataFrame([(text,) for text in texts], "text string")
+    found = {row[0]: row[1] for row in frame.select("text", normal_form(frame["text"]).alias("form")).collect()}
+    assert found == texts
+
+
+def test_queries_that_cannot_be_used_get_reasons(spark):
+    rows = [
+        query("q1", " Red  shoe "),
+        query("q2", "x" * 10_000),
+        query("q3", "   "),
+        query("q4", "ok", "dev"),
+        query(None, "no id"),
+        query("q5", "blue", "TEST"),
+    ]
+    checked = check_queries(spark.createDataFrame(rows, QUERY), IngestRecipe()).collect()
+    reasons = {row["query_id"]: row["reason"] for row in checked}
+    assert reasons == {
+        "q1": None,
+        "q2": "query is longer than 1000 characters",
+        "q3": "query is empty",
+        "q4": "split is neither train nor test nor empty",
+        None: "query_id is missing",
+        "q5": None,
+    }
+    first = next(row for row in checked if row["query_id"] == "q1")
+    assert (first["text"], first["normalised"]) == ("Red shoe", "red shoe")
+    assert first["query_hash"] == hashlib.sha256(b"Red shoe").hexdigest()
+
+
+def place(text):
+    return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16) % 10_000 / 10_000
+
+
+def reference_split(text, fitted):
+    at = place(text) * fitted
+    return "train" if at < 0.7 else "validation" if at < 0.8 else "calibration" if at < 0.9 else "test"
+
+
+def test_split_is_by_hash_of_the_text_and_given_train_is_never_test(spark):
+    texts = [f"text {number}" for number in range(300)]
+    rows = [("d", text, given, None) for text in texts for given in (None, "train")]
+    rows = [("free" if given is None else "given", f"{given} {text}", given, None) for _, text, given, _ in rows]
+    frame = spark.createDataFrame(rows, "dataset string, normalised string, given_split string, reason string")
+    found = with_split(frame, SplitRecipe()).collect()
+    for row in found:
+        fitted = 1.0 if row["given_split"] is None else 0.9
+        assert row["split"] == reference_split(row["normalised"], fitted)
+    given = [row["split"] for row in found if row["given_split"] == "train"]
+    assert set(given) == {"train", "validation", "calibration"}
+
+
+def test_no_text_is_test_in_one_data_set_and_train_in_another(spark):
+    shared = [f"shared {number}" for number in range(200)]
+    rows = [("a", text, None, None) for text in shared]
+    rows += [("b", text, "test" if number % 2 else "train", None) for number, text in enumerate(shared)]
+    rows += [("c", text, "test", "refused") for text in shared]
+    frame = spark.createDataFrame(rows, "dataset string, normalised string, given_split string, reason string")
+    found = [row for row in with_split(frame, SplitRecipe()).collect() if row["reason"] is None]
+    by_text = {}
+    for row in found:
+        by_text.setdefault(row["normalised"], set()).add(row["split"])
+    assert all(len(splits) == 1 for splits in by_text.values())
+    for number, text in enumerate(shared):
+        assert (by_text[text] == {"test"}) == bool(number % 2)
+
+
+def test_marks_are_numbered_and_bad_ones_get_reasons(spark):
+    schema = "dataset string, query_id string, product_id string, mark string, scale string, num_marks string"
+    schema += ", annotator string, grade string, raw_row string, unparsed boolean"
+    marks = [
+        ("q1", "p1", "2", "1", "ann", "2", "a"),
+        ("q1", "p1", "1", "1", "ann", "1", "b"),
+        ("q1", "p1", "2", None, None, "2", "c"),
+        ("q1", "p1", "2", None, None, "2", "c"),
+        ("q1", "p9", "2", "1", None, "2", "unknown product"),
+        ("q9", "p1", "2", "1", None, "2", "unknown query"),
+        ("q1", "p1", "5", "1", None, "3", "grade 3"),
+        ("q1", "p1", "5", "0", None, "2", "no raters"),
+    ]
+    raw = [("d", q, p, mark, "s", num, who, grade, row, False) for q, p, mark, num, who, grade, row in marks]
+    queries = spark.createDataFrame([("d", "q1")], "dataset string, query_id string")
+    products = spark.createDataFrame([("d", "p1")], "dataset string, product_id string")
+    found = check_annotations(spark.createDataFrame(raw, schema), queries, products).collect()
+    kept = sorted(
+        (row["annotator"] or "", row["mark_number"], row["grade"], row["num_marks"])
+        for row in found
+        if not row["reason"]
+    )
+    assert kept == [("", 1, 2, 1), ("", 2, 2, 1), ("ann", 1, 2, 1), ("ann", 2, 1, 1)]
+    assert {row["raw_row"]: row["reason"] for row in found if row["reason"]} == {
+        "unknown product": "product_id is not in the data set",
+        "unknown query": "query_id is not in the data set",
+        "grade 3": "grade is not 0, 1 or 2",
+        "no raters": "num_marks is not a number of raters",
+    }
+
+
+def test_events_are_typed_deduplicated_and_checked(spark):
+    schema = "dataset string, event_id string, session_id string, query_id string, product_id string, kind string"
+    schema += ", position string, event_time string, raw_row string, unparsed boolean"
+    at = "2026-01-02T03:39:53Z"
+    events = [
+        ("e1", "q1", "Click", "1", at, "good"),
+        ("e1", "q1", "Click", "1", at, "good"),
+        ("e2", "q1", "stare", "1", at, "kind"),
+        ("e3", "q1", "click", "0", at, "position"),
+        ("e4", "q1", "click", "1", "yesterday", "time"),
+        ("e5", "q9", "click", "1", at, "query"),
+    ]
+    raw = [("d", e, "s", q, "p1", kind, pos, when, row, False) for e, q, kind, pos, when, row in events]
+    queries = spark.createDataFrame([("d", "q1")], "dataset string, query_id string")
+    products = spark.createDataFrame([("d", "p1")], "dataset string, product_id string")
+    checked = check_events(spark.createDataFrame(raw, schema), queries, products).persist()
+    found = checked.collect()
+    assert {row["raw_row"]: row["reason"] for row in found if row["raw_row"] != "good"} == {
+        "kind": "kind is none of impression, click, cart, purchase",
+        "position": "position is not a rank from 1",
+        "time": "event_time is not a time in ISO 8601",
+        "query": "query_id is not in the data set",
+    }
+    (count,) = tally(checked)
+    assert (count.num_kept, count.num_repeated, count.num_rejected) == (1, 1, 4)
+    good = next(row for row in found if row["reason"] is None)
+    assert (good["kind"], good["position"]) == ("click", 1)

@@ -1,0 +1,133 @@
+"""Instances: precedence of grades, ledger by text hash, bands of stage 2, train queries only."""
+
+from datetime import UTC, datetime
+
+import pytest
+
+from spark_etl.instances import build_instances
+from spark_etl.recipes import InstancesRecipe
+
+PAIR = "dataset string, query_id string, product_id string"
+LEDGER = "address string, query_hash string, product_hash string, grade tinyint, p0 double, p1 double, p2 double"
+LEDGER += ", labeller string, created_at timestamp"
+
+
+def grade_row(query, product, grade, *, labeller="new", day=1, probability=0.8):
+    rest = [(1 - probability) / 2] * 3
+    rest[grade] = probability
+    when = datetime(2026, 1, day, tzinfo=UTC)
+    return (f"{query}{product}{labeller}{day}", f"hash of {query}", f"hash of {product}", grade, *rest, labeller, when)
+
+
+def tables_of(spark, *, consensus, verdicts=(), candidates=(), ledger=(), mined=()):
+    queries = [
+        ("d", "q1", "red shoe", "hash of shoe", "train"),
+        ("d", "q2", "red shoe", "hash of shoe", "train"),
+        ("d", "q3", "hat", "hash of hat", "test"),
+    ]
+    products = [("d", f"p{number}", f"hash of p{number}") for number in range(8)] + [("d", "twin of p1", "hash of p1")]
+    consensus = [(*row, "human") for row in consensus]
+    return {
+        "query": spark.createDataFrame(
+            queries, "dataset string, query_id string, text string, query_hash string, split string"
+        ),
+        "catalog_product": spark.createDataFrame(products, "dataset string, product_id string, product_hash string"),
+        "annotation_consensus": spark.createDataFrame(
+            [("d", q, p, grade, 1, 1.0, judge) for q, p, grade, judge in consensus],
+            f"{PAIR}, grade tinyint, num_marks int, agreement double, judge string",
+        ),
+        "audit_verdict": spark.createDataFrame(
+            [("d", q, p, grade, "eva", datetime(2026, 1, 1, tzinfo=UTC), None) for q, p, grade in verdicts],
+            f"{PAIR}, grade tinyint, expert string, decided_at timestamp, note string",
+        ),
+        "candidate_pair": spark.createDataFrame([("d", *row) for row in candidates], f"{PAIR}, source string"),
+        "pair_grade": spark.createDataFrame(list(ledger), LEDGER),
+        "mined_pair": spark.createDataFrame(
+            [("d", *row) for row in mined], f"{PAIR}, rank int, band string, round int"
+        ),
+    }
+
+
+def built(tables, recipe=None):
+    found = build_instances(tables, recipe or InstancesRecipe()).collect()
+    return {row["query_id"]: list(zip(row["product_ids"], row["grades"], row["sources"], strict=True)) for row in found}
+
+
+def test_expert_goes_before_people_and_people_before_the_labeller(spark):
+    tables = tables_of(
+        spark,
+        consensus=[("q1", "p2", 2), ("q1", "p1", 2)],
+        verdicts=[("q1", "p1", 0)],
+        candidates=[("q1", "p1", "sampled"), ("q1", "p2", "engagement"), ("q1", "p3", "sampled")],
+        ledger=[grade_row("shoe", product, 1) for product in ("p1", "p2", "p3")],
+    )
+    assert built(tables) == {"q1": [("p1", 0, "expert"), ("p2", 2, "human"), ("p3", 1, "sampled")]}
+
+
+def test_ledger_is_joined_by_text_so_repeated_texts_share_a_grade(spark):
+    tables = tables_of(
+        spark,
+        consensus=[("q1", "p0", 2), ("q2", "p0", 2)],
+        candidates=[("q1", "p1", "sampled"), ("q2", "twin of p1", "sampled"), ("q2", "p7", "sampled")],
+        ledger=[grade_row("shoe", "p1", 0)],
+    )
+    assert built(tables) == {
+        "q1": [("p0", 2, "human"), ("p1", 0, "sampled")],
+        "q2": [("p0", 2, "human"), ("twin of p1", 0, "sampled")],
+    }
+
+
+@pytest.mark.parametrize(("labeller", "grade"), [("", 1), ("old", 0), ("nobody", None)])
+def test_newest_grade_of_the_wanted_labeller_counts(spark, labeller, grade):
+    ledger = [grade_row("shoe", "p1", 0, labeller="old", day=1), grade_row("shoe", "p1", 1, labeller="new", day=2)]
+    tables = tables_of(spark, consensus=[("q1", "p0", 2)], candidates=[("q1", "p1", "sampled")], ledger=ledger)
+    expected = {} if grade is None else {"q1": [("p0", 2, "human"), ("p1", grade, "sampled")]}
+    assert built(tables, InstancesRecipe(labeller=labeller)) == expected
+
+
+def test_doubtful_grades_are_left_out(spark):
+    ledger = [grade_row("shoe", "p1", 0, probability=0.4), grade_row("shoe", "p2", 0, probability=0.9)]
+    candidates = [("q1", "p1", "sampled"), ("q1", "p2", "sampled")]
+    tables = tables_of(spark, consensus=[("q1", "p0", 2)], candidates=candidates, ledger=ledger)
+    recipe = InstancesRecipe(min_grade_probability=0.5)
+    assert built(tables, recipe) == {"q1": [("p0", 2, "human"), ("p2", 0, "sampled")]}
+
+
+def test_no_test_query_and_no_single_grade_becomes_an_instance(spark):
+    consensus = [("q1", "p0", 2), ("q1", "p1", 2), ("q3", "p0", 2), ("q3", "p1", 0)]
+    ledger = [grade_row("hat", "p2", 1)]
+    tables = tables_of(spark, consensus=consensus, candidates=[("q3", "p2", "sampled")], ledger=ledger)
+    assert built(tables) == {}
+
+
+def test_stage_2_keeps_mined_pairs_by_band_and_grade(spark):
+    tables = tables_of(
+        spark,
+        consensus=[("q1", "p0", 2), ("q1", "p6", 0)],
+        candidates=[("q1", "p1", "sampled"), ("q1", "p2", "mined")],
+        ledger=[grade_row("shoe", f"p{number}", grade) for number, grade in ((1, 0), (2, 0), (3, 0), (4, 1), (5, 2))],
+        mined=[
+            ("q1", "p2", 3, "top", 1),  # grade 0 near the top: kept
+            ("q1", "p3", 90, "tail", 1),  # grade 0 in the tail: dropped
+            ("q1", "p4", 2, "top", 1),  # grade 1 near the top: dropped
+            ("q1", "p5", 80, "tail", 1),  # grade 2 in the tail: kept
+            ("q1", "p6", 95, "tail", 1),  # human grade 0 in the tail: there already, stays
+            ("q1", "p1", 99, "tail", 1),  # sampled before: an original pair, stays
+            ("q1", "p7", 1, "top", 1),  # never graded
+        ],
+    )
+    first = [("p0", 2, "human"), ("p1", 0, "sampled"), ("p6", 0, "human")]
+    assert built(tables, InstancesRecipe(stage=1)) == {"q1": first}
+    assert built(tables, InstancesRecipe(stage=2)) == {"q1": sorted([*first, ("p2", 0, "mined"), ("p5", 2, "mined")])}
+
+
+def test_a_full_instance_keeps_human_grades_first(spark):
+    tables = tables_of(
+        spark,
+        consensus=[("q1", "p6", 2), ("q1", "p7", 1)],
+        candidates=[("q1", f"p{number}", "sampled") for number in range(4)],
+        ledger=[grade_row("shoe", f"p{number}", 0) for number in range(4)],
+    )
+    (instance,) = built(tables, InstancesRecipe(max_products_per_query=3)).values()
+    assert len(instance) == 3
+    assert [row for row in instance if row[2] == "human"] == [("p6", 2, "human"), ("p7", 1, "human")]
