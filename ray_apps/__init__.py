@@ -1,0 +1,1 @@
+"""Ray: how labelling, training, embedding and mining spread over a cluster."""

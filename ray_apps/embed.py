@@ -1,0 +1,179 @@
+"""Texts to vectors over a pool of Ray Data actors: one block of rows in, one file of vectors out.
+
+A file that is complete is never computed again, so a killed run goes on where it was. Queries and products of
+several models are parts of one run: the actors start once, and starting one (torch, weights) costs seconds.
+
+P products, D width of a vector.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from embeddings.shards import Shard, has_rows, texts_print, write_vectors
+from embeddings.text import normalise_query, product_text
+from lake.progress import write_progress
+from ray_apps.cluster import check_resources, quiet_data
+
+log = logging.getLogger(__name__)
+
+FIELDS = ("title", "brand", "category", "description")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Texts that become one file of vectors.
+
+    Attributes:
+        model: folder of the encoder.
+        side: which of its heads.
+        path: the file.
+        ids: an id per row, kept beside the vectors.
+        fields: title, brand, category, description; a query is a title.
+    """
+
+    model: str
+    side: Literal["query", "document"]
+    path: str
+    ids: pa.Array
+    fields: pa.Table
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the file is there with all its rows."""
+        return has_rows(self.path, len(self.ids))
+
+
+def plan_products(model: str, catalog: pa.Table, shards: Sequence[Shard]) -> list[Part]:
+    """A part per shard of a catalogue, whose rows are in the order of product_id."""
+    ids = catalog["product_id"].combine_chunks()
+    return [
+        Part(
+            model,
+            "document",
+            shard.path,
+            ids.slice(shard.first_row, shard.num_rows),
+            catalog.select(FIELDS).slice(shard.first_row, shard.num_rows),
+        )
+        for shard in shards
+    ]
+
+
+def plan_queries(model: str, texts: Sequence[str], folder: str | Path) -> Part:
+    """One part for queries, in normal form; its file is named by their hash."""
+    normal = [normalise_query(text) for text in texts]
+    nothing = pa.nulls(len(normal), pa.string())
+    fields = pa.table(dict(zip(FIELDS, (pa.array(normal, pa.string()), nothing, nothing, nothing), strict=True)))
+    path = Path(folder, f"queries-{texts_print(normal)}.npy")
+    return Part(model, "query", str(path), pa.array(texts, pa.string()), fields)
+
+
+def embed(
+    parts: Sequence[Part],
+    *,
+    num_workers: int,
+    threads_per_worker: int,
+    use_gpu: bool,
+    batch_tokens: int,
+    run_folder: str,
+) -> int:
+    """Encodes the parts whose files are missing.
+
+    Args:
+        parts: in the order of work; keep those of a model together, since an actor holds one model at a time.
+        num_workers: actors at most; never more than parts.
+        threads_per_worker: CPUs and torch threads of an actor.
+        use_gpu: gives each actor a GPU.
+        batch_tokens: padded tokens of a forward pass.
+        run_folder: where the run tells how far it is.
+
+    Returns:
+        Rows encoded now.
+    """
+    missing = [part for part in parts if not part.is_complete]
+    log.info("embed: %d of %d files are there", len(parts) - len(missing), len(parts))
+    if not missing:
+        return 0
+    size = min(num_workers, len(missing))
+    check_resources(size * threads_per_worker, size * int(use_gpu))
+    quiet_data()
+    blocks = [
+        part.fields.append_column("id", part.ids).append_column(
+            "part", pa.array(np.full(len(part.ids), number, dtype=np.int64))
+        )
+        for number, part in enumerate(missing)
+    ]
+    done = ray.data.from_arrow(blocks).map_batches(
+        _PartEncoder,
+        fn_constructor_args=(
+            [(part.model, part.side, part.path, len(part.ids)) for part in missing],
+            threads_per_worker,
+            use_gpu,
+            batch_tokens,
+        ),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=size),
+        num_cpus=threads_per_worker,
+        num_gpus=int(use_gpu),
+    )
+    total, encoded, started = sum(len(part.ids) for part in missing), 0, time.monotonic()
+    for row in done.iter_rows():
+        encoded += row["num_rows"]
+        seconds = time.monotonic() - started
+        write_progress(run_folder, done=encoded, total=total, note=f"texts encoded, {encoded / seconds:.0f}/s")
+        log.info("embed: %d of %d texts, %.0f/s", encoded, total, encoded / seconds)
+    return encoded
+
+
+class _PartEncoder:
+    """Holds one encoder in one actor and writes the files of its parts."""
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[str, Literal["query", "document"], str, int]],
+        threads: int,
+        use_gpu: bool,
+        tokens: int,
+    ) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._parts, self._tokens = parts, tokens
+        self._device = "cuda" if use_gpu else "cpu"
+        self._loaded: tuple[str, Any, Any] | None = None
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        from embeddings.encoder import encode, has_fast_bf16
+
+        folder, side, path, num_rows = self._parts[block["part"][0].as_py()]
+        if block.num_rows != num_rows:
+            raise ValueError(f"{path}: expected {num_rows} texts in one block, got {block.num_rows}")
+        model, recipe = self._load(folder)
+        columns = [block[name].to_pylist() for name in FIELDS]
+        if side == "query":
+            texts = columns[0]
+        else:
+            texts = [
+                product_text(title, brand, category, description, recipe)
+                for title, brand, category, description in zip(*columns, strict=True)
+            ]
+        vector_PD = encode(model, texts, side, batch_tokens=self._tokens, bf16=has_fast_bf16(self._device))
+        write_vectors(path, vector_PD, block["id"].to_pylist())
+        return pa.table({"num_rows": [num_rows]})
+
+    def _load(self, folder: str) -> tuple[Any, Any]:
+        from embeddings.encoder import load_encoder
+
+        if self._loaded is None or self._loaded[0] != folder:
+            self._loaded = (folder, *load_encoder(folder, device=self._device))
+        return self._loaded[1:]

@@ -1,0 +1,191 @@
+"""Grading pairs: Ray Data streams them through a vLLM engine; few pairs are cheaper with torch alone.
+
+The engine is given token ids, computes in float32 and answers what the labeller's own model answers, within
+1e-3. Small runs are dominated by its start, so it runs eagerly (compiling takes 27 s on two cores and gains
+nothing on short texts) and with one process besides its actor instead of two (each spends 20 s on imports).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import ray
+from numpy.typing import NDArray
+
+from embeddings.labeller import LabellerCard, PairEncoder, calibrated, load_labeller_card, load_pair_encoder, violations
+from ray_apps.cluster import check_resources, connect, quiet_data
+from ray_apps.placements import LabelPlacement
+
+log = logging.getLogger(__name__)
+
+NO_ANSWER = (float("nan"),) * 3
+
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    # On CPU this keeps the model inside the engine's process; the engine itself stays a process of its own.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+"""Environment of an engine: the labeller is a folder, so nothing is ever fetched or reported."""
+
+
+def chosen_engine(placement: LabelPlacement, num_pairs: int) -> Literal["vllm", "torch"]:
+    """The engine that `auto` stands for."""
+    if placement.engine == "auto":
+        return "vllm" if num_pairs >= placement.vllm_from_pairs else "torch"
+    return placement.engine
+
+
+def label_pairs(pairs: pa.Table, folder: str, placement: LabelPlacement) -> Iterator[pa.Table]:
+    """Calibrated probabilities of pairs, part by part as they come, in any order.
+
+    Args:
+        pairs: columns address, query, title and, where known, brand, category, description, attributes.
+        folder: of the labeller.
+        placement: engine and portions.
+
+    Yields:
+        Columns address, p0, p1, p2; all nan where the answer was no distribution.
+    """
+    card, started, done = load_labeller_card(folder), time.monotonic(), 0
+    # equal queries side by side: a generative engine reads their common beginning once
+    ordered = pairs.sort_by([("query", "ascending"), ("address", "ascending")])
+    answers = _vllm_answers if chosen_engine(placement, len(pairs)) == "vllm" else _torch_answers
+    for addresses, probability_N3 in answers(ordered, folder, card, placement):
+        bad_N = violations(probability_N3)
+        calibrated_N3 = np.where(bad_N[:, None], np.nan, calibrated(np.nan_to_num(probability_N3), card.temperature))
+        done += len(addresses)
+        log.info("labelled %d of %d pairs, %.0f s", done, len(pairs), time.monotonic() - started)
+        columns = {f"p{grade}": calibrated_N3[:, grade] for grade in range(3)}
+        yield pa.table({"address": pa.array(addresses, pa.string()), **columns})
+
+
+Answers = Iterator[tuple[list[str], NDArray[np.float64]]]
+
+
+def _torch_answers(pairs: pa.Table, folder: str, card: LabellerCard, placement: LabelPlacement) -> Answers:
+    from embeddings.labeller_model import load_labeller, plain_probabilities
+
+    model, encoder = load_labeller(folder)
+    for start in range(0, len(pairs), placement.part_rows):
+        part = pairs.slice(start, placement.part_rows)
+        yield part["address"].to_pylist(), plain_probabilities(model, encoder.encode_rows(part)).astype(np.float64)
+
+
+def _vllm_answers(pairs: pa.Table, folder: str, card: LabellerCard, placement: LabelPlacement) -> Answers:
+    connect(placement.ray)
+    check_resources(placement.num_engines + 1, placement.num_engines * placement.use_gpu)
+    quiet_data()
+    size = placement.batch_rows
+    blocks = [pairs.slice(start, size) for start in range(0, len(pairs), size)]
+    encoded = ray.data.from_arrow(blocks).map_batches(
+        _encode, fn_kwargs={"folder": folder}, batch_format="pyarrow", batch_size=size
+    )
+    processor = _processor(folder, card, placement)
+    for batch in processor(encoded).iter_batches(batch_size=placement.part_rows, batch_format="pyarrow"):
+        yield batch["address"].to_pylist(), np.array(batch["probability"].to_pylist(), dtype=np.float64).reshape(-1, 3)
+
+
+def _processor(folder: str, card: LabellerCard, placement: LabelPlacement) -> Any:
+    with warnings.catch_warnings():
+        # Ray imports vLLM into this process as well, and both warn of deprecated spellings of their own
+        warnings.simplefilter("ignore")
+        from ray.data.llm import build_processor
+
+        return build_processor(
+            _engine_config(folder, card, placement),
+            preprocess=partial(_request, grade_token_ids=card.grade_token_ids),
+            postprocess=partial(_answer, grade_token_ids=card.grade_token_ids),
+        )
+
+
+def _engine_config(folder: str, card: LabellerCard, placement: LabelPlacement) -> Any:
+    from ray.data.llm import vLLMEngineProcessorConfig
+
+    environment = dict(OFFLINE)
+    if not placement.use_gpu:
+        environment |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(placement.kv_cache_gib),
+            # Ray gives an actor with one CPU one thread; the engine may use the core that feeds it as well
+            "OMP_NUM_THREADS": str(placement.threads_per_engine),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+    generative: dict[str, Any] = {
+        # raw logprobs would be those before the mask: no distribution over the three grades
+        "logprobs_mode": "processed_logprobs",
+        "max_logprobs": 3,
+        "enable_prefix_caching": True,
+    }
+    return vLLMEngineProcessorConfig(
+        model_source=folder,
+        task_type="classify" if card.kind == "classifier" else "generate",
+        engine_kwargs={
+            "dtype": "float32",
+            "max_model_len": card.max_tokens + (card.kind == "generative"),
+            "max_num_seqs": placement.max_num_seqs,
+            "enforce_eager": True,
+            "disable_log_stats": True,
+            **(generative if card.kind == "generative" else {}),
+        },
+        batch_size=placement.batch_rows,
+        max_concurrent_batches=4,
+        concurrency=placement.num_engines,
+        runtime_env={"env_vars": environment},
+        placement_group_config={"bundles": [{"CPU": 1, "GPU": 1} if placement.use_gpu else {"CPU": 1}]},
+        chat_template_stage=False,
+        tokenize_stage=False,
+        detokenize_stage=False,
+        log_engine_metrics=False,
+    )
+
+
+@lru_cache(maxsize=1)
+def _encoder(folder: str) -> PairEncoder:
+    return load_pair_encoder(folder)
+
+
+def _encode(batch: pa.Table, folder: str) -> pa.Table:
+    tokens = pa.array(_encoder(folder).encode_rows(batch), pa.list_(pa.int32()))
+    return pa.table({"address": batch["address"], "tokenized_prompt": tokens})
+
+
+def _request(row: dict[str, Any], grade_token_ids: tuple[int, ...]) -> dict[str, Any]:
+    if not grade_token_ids:
+        return row
+    return row | {
+        "sampling_params": {
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "logprobs": len(grade_token_ids),
+            "allowed_token_ids": list(grade_token_ids),
+            "detokenize": False,
+        }
+    }
+
+
+def _answer(row: dict[str, Any], grade_token_ids: tuple[int, ...]) -> dict[str, Any]:
+    """Probabilities of a row the engine has answered; nan where a grade has none."""
+    return {"address": row["address"], "probability": list(_probability(row, grade_token_ids))}
+
+
+def _probability(row: dict[str, Any], grade_token_ids: tuple[int, ...]) -> tuple[float, ...]:
+    if not grade_token_ids:
+        values = row.get("embeddings")
+        given = () if values is None else tuple(float(value) for value in np.ravel(values))
+        return given if len(given) == len(NO_ANSWER) else NO_ANSWER
+    answers = row.get("logprobs")
+    if answers is None or len(answers) == 0:
+        return NO_ANSWER
+    by_token = {int(token): float(value["logprob"]) for token, value in dict(answers[0]).items() if value is not None}
+    return tuple(float(np.exp(by_token.get(token, float("nan")))) for token in grade_token_ids)

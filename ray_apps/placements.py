@@ -1,0 +1,42 @@
+"""Where the labeller is tuned and pairs are graded; apart from the apps, so that settings load without torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from conf.load import meaning, settings
+from ray_apps.cluster import RayPlacement
+
+
+@settings
+class TunePlacement:
+    """Where the labeller is fine-tuned; never part of a run's identity."""
+
+    ray: RayPlacement = RayPlacement()
+    num_workers: Annotated[int, meaning("training workers", ge=1)] = 1
+    use_gpu: Annotated[bool, meaning("a graphics card per worker")] = False
+    threads_per_worker: Annotated[int, meaning("CPUs and torch threads of a worker", "CPUs", ge=1)] = 2
+    checkpoint_every_steps: Annotated[int, meaning("steps between two checkpoints", "steps", ge=1)] = 100
+    max_failures: Annotated[int, meaning("worker deaths after which the run gives up", ge=0)] = 2
+
+
+@settings
+class LabelPlacement:
+    """Where and in which portions pairs are graded; never part of a run's identity."""
+
+    ray: RayPlacement = RayPlacement()
+    engine: Annotated[
+        Literal["auto", "vllm", "torch"], meaning("auto: vllm from vllm_from_pairs on, else torch in this process")
+    ] = "vllm"
+    vllm_from_pairs: Annotated[int, meaning("with engine=auto, fewer pairs are not worth a start", "pairs", ge=0)] = (
+        20_000
+    )
+    part_rows: Annotated[int, meaning("pairs written at once; a death loses at most these", "pairs", ge=1)] = 2_000
+    num_engines: Annotated[int, meaning("vLLM engines", ge=1)] = 1
+    use_gpu: Annotated[bool, meaning("a graphics card per engine")] = False
+    threads_per_engine: Annotated[int, meaning("threads of an engine on CPU", "threads", ge=1)] = 2
+    batch_rows: Annotated[
+        int, meaning("pairs sent to an engine at once; four batches are under way", "pairs", ge=1)
+    ] = 128
+    max_num_seqs: Annotated[int, meaning("pairs of a step of the engine", "pairs", ge=1)] = 128
+    kv_cache_gib: Annotated[int, meaning("an engine's cache on CPU", "GiB", ge=1)] = 1

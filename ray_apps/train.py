@@ -1,0 +1,188 @@
+"""Training of the encoder on Ray Train workers: DDP, checkpoints, resume, and the best model by validation.
+
+Every validated step reports a checkpoint with its NDCG; Ray keeps the best and the newest. A run of the same name in
+the same folder goes on from the newest, whether the former one was killed or ended. What a step does follows from
+(recipe, step) alone, so the resumed run computes what the unbroken one would, bit for bit in `deterministic`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from embeddings.batches import Instance
+from embeddings.recipes import CARD_FILE, EncoderRecipe, TrainRecipe
+from embeddings.text import TextRecipe
+from lake.storage import atomic_folder
+from ray_apps.checkpoints import fit, is_resumable, set_ray_train_defaults
+from ray_apps.cluster import check_resources
+
+log = logging.getLogger(__name__)
+
+SCORE = "validation_ndcg@10"
+ENCODER_FOLDER = "encoder"
+"""Below a checkpoint that was measured."""
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """What is trained, on what.
+
+    Attributes:
+        instances: the training set.
+        validation: queries that choose the best checkpoint.
+        recipe: how to train.
+        encoder: the pretrained encoder that stage 1 starts from.
+        text: how product texts were made; goes into the card.
+        start: folder of the encoder to go on from; empty builds it from `encoder`.
+        pretrained: where the untrained baseline is saved; empty for nowhere.
+        fingerprint: of the run; goes into the card.
+    """
+
+    instances: Sequence[Instance]
+    validation: Sequence[Instance]
+    recipe: TrainRecipe
+    encoder: EncoderRecipe
+    text: TextRecipe
+    start: str
+    pretrained: str
+    fingerprint: str
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What the folder of the encoder says of itself."""
+        return {
+            "text": self.text,
+            "encoder": self.encoder,
+            "stage": self.recipe.stage,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def train(
+    task: TrainTask,
+    out_folder: str,
+    *,
+    storage: str,
+    num_workers: int,
+    threads_per_worker: int,
+    use_gpu: bool,
+    max_failures: int,
+) -> dict[str, float]:
+    """Trains and writes the best encoder to `out_folder`.
+
+    Args:
+        task: what to train.
+        out_folder: replaced in one step at the end.
+        storage: folder of checkpoints, seen by all workers; the run's own is `storage/<task.fingerprint>`.
+        num_workers: DDP workers, gloo on CPUs and nccl on GPUs.
+        threads_per_worker: CPUs and torch threads of each.
+        use_gpu: one GPU per worker.
+        max_failures: restarts from the newest checkpoint after a worker died.
+
+    Returns:
+        `validation_ndcg@10` of the best, `_start` and `_last` of the first and last model (where there are validation
+        queries), `best_step`, `steps`, and the last step's loss and temperature.
+
+    Raises:
+        ValueError: training failed; the message names the first cause.
+    """
+    check_resources(num_workers * threads_per_worker, num_workers * int(use_gpu))
+    has_validation = any((instance.grades > 0).any() for instance in task.validation)
+    if not has_validation:
+        log.warning("no validation query has a grade above 0; the last checkpoint is kept instead of the best")
+    set_ray_train_defaults()
+    run_folder = Path(storage, task.fingerprint)
+    _drop_unreadable(run_folder)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={
+            "task": ray.put(task),
+            "threads": threads_per_worker,
+            "run_folder": str(run_folder),
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": threads_per_worker, "GPU": int(use_gpu)},
+        ),
+        run_config=ray.train.RunConfig(
+            name=task.fingerprint,
+            storage_path=storage,
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute=SCORE if has_validation else None
+            ),
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+        ),
+    )
+    result = fit(trainer, run_folder)
+    best, measured = result.checkpoint, result.metrics
+    metrics = {name: result.metrics[name] for name in ("loss", "temperature") if name in result.metrics}
+    if has_validation:
+        best, measured = max(result.best_checkpoints, key=lambda kept: kept[1][SCORE])
+        metrics |= {
+            SCORE: measured[SCORE],
+            f"{SCORE}_start": measured["start"],
+            f"{SCORE}_last": result.metrics[SCORE],
+        }
+    metrics |= {"best_step": float(measured["step"]), "steps": float(result.metrics["step"])}
+    _publish(Path(best.path, ENCODER_FOLDER), out_folder, metrics)
+    return metrics
+
+
+def drop_checkpoints(storage: str, name: str) -> None:
+    """Removes the checkpoints of a run whose encoder is saved and recorded."""
+    shutil.rmtree(Path(storage, name), ignore_errors=True)
+
+
+def absolute_model(recipe: EncoderRecipe) -> EncoderRecipe:
+    """The recipe with a local folder as an absolute path, since workers run in another directory."""
+    return dataclasses.replace(recipe, model=os.path.abspath(recipe.model)) if os.path.isdir(recipe.model) else recipe
+
+
+def build_pretrained(encoder: EncoderRecipe, text: TextRecipe, folder: str) -> None:
+    """Writes the untrained baseline from a process of its own."""
+    ray.get(ray.remote(_build_pretrained).options(num_cpus=1).remote(encoder, text, folder))
+
+
+def _build_pretrained(encoder: EncoderRecipe, text: TextRecipe, folder: str) -> None:
+    from ray_apps.train_worker import save_pretrained
+
+    save_pretrained(encoder, text, folder)
+
+
+def _work(config: Mapping[str, Any]) -> None:
+    """One worker, from its start to the last step."""
+    # imported here: driver and controller load this module and need not wait for sentence-transformers
+    from ray_apps.train_worker import TrainWorker
+
+    worker = TrainWorker(ray.get(config["task"]), config["run_folder"], config["threads"])
+    worker.resume()
+    worker.run()
+
+
+def _publish(source: Path, out_folder: str, metrics: Mapping[str, float]) -> None:
+    """Copies the best encoder to its place, with the run's metrics on its card."""
+    with atomic_folder(out_folder) as scratch:
+        shutil.copytree(source, scratch, dirs_exist_ok=True)
+        card_path = scratch / CARD_FILE
+        card = json.loads(card_path.read_text(encoding="utf-8")) | {"metrics": dict(metrics)}
+        card_path.write_text(json.dumps(card, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _drop_unreadable(run_folder: Path) -> None:
+    """Removes a run that Ray could not go on with; training begins anew then and ends with the same weights."""
+    if not is_resumable(run_folder):
+        log.warning("%s: its checkpoints cannot be used; training starts anew", run_folder)
+        shutil.rmtree(run_folder)

@@ -1,0 +1,114 @@
+"""One Ray Train worker of an encoder: its trainer, validation and checkpoints."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import ray.train
+import ray.train.torch
+import torch
+from torch import nn
+
+from embeddings.encoder import build_encoder, build_pretrained, load_encoder, save_encoder
+from embeddings.recipes import EncoderRecipe
+from embeddings.text import TextRecipe
+from embeddings.training import ContrastiveTrainer
+from embeddings.validation import build_validation, validation_ndcg
+from lake.progress import write_progress
+from ray_apps.train import ENCODER_FOLDER, SCORE, TrainTask
+
+_NOT_MEASURED = -1.0
+"""Score of a checkpoint between two validations: kept only while it is the newest."""
+_STATE_FILE = "trainer.pt"
+_EVERY_SEC = 2.0
+
+
+def save_pretrained(encoder: EncoderRecipe, text: TextRecipe, folder: str) -> None:
+    """Writes the untrained encoder, the baseline of every evaluation."""
+    card = {"text": text, "encoder": encoder, "stage": "pretrained", "fingerprint": ""}
+    save_encoder(build_pretrained(encoder), folder, card)
+
+
+class TrainWorker:
+    """Trainer, validation and checkpoints of one worker."""
+
+    def __init__(self, task: TrainTask, run_folder: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        context = ray.train.get_context()
+        self.task, self.run_folder = task, run_folder
+        self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        if self.rank == 0 and task.pretrained:
+            save_pretrained(task.encoder, task.text, task.pretrained)
+        if task.start:
+            model, _ = load_encoder(task.start, device=str(self.device))
+        else:
+            model = build_encoder(task.encoder, device=str(self.device))
+        self.trainer = ContrastiveTrainer(
+            model, task.instances, task.recipe, rank=self.rank, world_size=self.num_workers, wrap=self._wrap
+        )
+        self.validation = build_validation(task.validation)
+        self.start: float | None = None
+        self.told = self.began = time.monotonic()
+        self.first_step, self.num_texts = 0, 0.0
+
+    def _wrap(self, module: nn.Module) -> nn.Module:
+        if self.num_workers == 1:
+            return module
+        return nn.parallel.DistributedDataParallel(
+            module, device_ids=[self.device] if self.device.type == "cuda" else None
+        )
+
+    def resume(self) -> None:
+        """Takes over the newest checkpoint of this run's name, if there is one."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return
+        with checkpoint.as_directory() as folder:
+            state = torch.load(Path(folder, _STATE_FILE), map_location=self.device, weights_only=True)
+        self.trainer.load_state_dict(state["trainer"])
+        self.start = state["start"]
+        self.first_step = self.trainer.step
+
+    def run(self) -> None:
+        """All steps that are left; the model of step 0 is measured too, since training may not improve on it."""
+        recipe, last = self.task.recipe, self.trainer.num_steps
+        if self.start is None:
+            self.report({}, is_measured=True)
+        for step in range(self.trainer.step, last):
+            metrics = self.trainer.train_step(step)
+            done = step + 1
+            self.tell(done, metrics)
+            is_measured = done % recipe.validate_every_steps == 0 or done == last
+            if is_measured or done % recipe.checkpoint_every_steps == 0:
+                self.report(metrics, is_measured=is_measured)
+
+    def report(self, metrics: Mapping[str, float], *, is_measured: bool) -> None:
+        """Hands a checkpoint to Ray; every worker takes part, the first one writes."""
+        if self.rank > 0:
+            ray.train.report({}, checkpoint=None)
+            return
+        score = _NOT_MEASURED
+        if is_measured and self.validation.queries:
+            score = validation_ndcg(self.trainer.model, self.validation, bf16=self.trainer.bf16)
+        self.start = score if self.start is None else self.start
+        with tempfile.TemporaryDirectory(prefix="assay-checkpoint-") as place:
+            torch.save({"trainer": self.trainer.state_dict(), "start": self.start}, Path(place, _STATE_FILE))
+            if is_measured:
+                save_encoder(self.trainer.model, Path(place, ENCODER_FOLDER), self.task.card)
+            told = {**metrics, SCORE: score, "start": self.start, "step": self.trainer.step}
+            ray.train.report(told, checkpoint=ray.train.Checkpoint.from_directory(place))
+
+    def tell(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Writes how far the run is, every few seconds."""
+        self.num_texts += metrics["num_texts"] * self.num_workers
+        if self.rank > 0 or time.monotonic() - self.told < _EVERY_SEC:
+            return
+        self.told = time.monotonic()
+        seconds, last = self.told - self.began, self.trainer.num_steps
+        left = seconds / (done - self.first_step) * (last - done)
+        note = f"steps, loss {metrics['loss']:.3f}, {self.num_texts / seconds:.0f} texts/s, {left:.0f} s left"
+        write_progress(self.run_folder, done=done, total=last, note=note)

@@ -1,0 +1,232 @@
+"""Fine-tuning the labeller on Ray Train: 1..n workers, checkpoints, resume.
+
+A run lives in one folder named by what it computes. Started again after any death, it goes on from its newest
+checkpoint; every worker computes its share of the same steps, so the number of workers changes speed alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from numpy.typing import NDArray
+from ray import train
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device, prepare_model
+
+from embeddings.encoder import resolve_model
+from embeddings.guideline import load_guideline
+from embeddings.labeller import LabellerRecipe, PairEncoder
+from embeddings.labeller_model import LabellerTrainer, build_labeller, plain_probabilities, save_weights
+from embeddings.metrics import labeller_agreement
+from lake.progress import write_progress
+from ray_apps.checkpoints import SNAPSHOT_FILE, fit, is_resumable, set_ray_train_defaults
+from ray_apps.cluster import check_resources, connect
+from ray_apps.placements import TunePlacement
+
+log = logging.getLogger(__name__)
+
+STATE_FILE, WEIGHTS_FOLDER, PROBABILITY_FILE = "state.pt", "labeller", "probabilities.npz"
+TELL_EVERY_SEC = 2.0
+
+
+class TunedLabeller:
+    """What a finished run leaves: its last checkpoint.
+
+    Attributes:
+        weights: Hugging Face folder.
+        probability_N3: uncalibrated probabilities of the pairs of calibration and test queries; nan elsewhere.
+        grade_token_ids: tokens of the grades; empty for a classifier.
+        best_epoch: epoch that was kept, first is 1.
+        pairs_per_sec: training speed of the last start.
+    """
+
+    def __init__(self, checkpoint: str) -> None:
+        self.weights = str(Path(checkpoint, WEIGHTS_FOLDER))
+        with np.load(Path(checkpoint, PROBABILITY_FILE)) as held:
+            self.probability_N3: NDArray[np.float32] = held["probability"]
+            self.grade_token_ids = tuple(int(item) for item in held["grade_token_ids"])
+            self.best_epoch, self.pairs_per_sec = int(held["best_epoch"]), float(held["pairs_per_sec"])
+
+
+def tune_labeller(
+    pairs: pa.Table, recipe: LabellerRecipe, placement: TunePlacement, *, storage: str, name: str
+) -> TunedLabeller:
+    """Trains on the pairs of split train and keeps the best epoch on validation.
+
+    Args:
+        pairs: columns split, query, title, brand, category, description, attributes, grade.
+        recipe: what to train.
+        placement: where.
+        storage: folder of all runs, which all workers see.
+        name: of this run; the same name goes on where the last start stopped.
+    """
+    connect(placement.ray)
+    check_resources(placement.num_workers * placement.threads_per_worker, placement.num_workers * placement.use_gpu)
+    set_ray_train_defaults()
+    settings_of_run = {
+        "pairs": ray.put(pairs),
+        "recipe": recipe,
+        "placement": placement,
+        "run_folder": os.path.join(storage, name),
+        "salvaged": salvage(Path(storage, name)),
+    }
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config=settings_of_run,
+        scaling_config=ScalingConfig(
+            num_workers=placement.num_workers,
+            use_gpu=placement.use_gpu,
+            resources_per_worker={"CPU": placement.threads_per_worker} | ({"GPU": 1} if placement.use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage,
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(max_failures=placement.max_failures),
+        ),
+    )
+    result = fit(trainer, Path(storage, name))
+    return TunedLabeller(result.checkpoint.path)
+
+
+def salvage(run_folder: Path) -> str | None:
+    """Makes a run's folder usable for Ray Train after a death in the middle of a write.
+
+    Train writes its snapshot in place; one that is cut off, or names a checkpoint that is gone, would stop
+    every later start. It is removed then, and the newest whole checkpoint returned to go on from.
+    """
+    snapshot = run_folder / SNAPSHOT_FILE
+    if snapshot.is_file() and is_resumable(run_folder):
+        return None
+    whole = sorted(p.parent for p in run_folder.glob(f"checkpoint_*/{STATE_FILE}") if zipfile.is_zipfile(p))
+    if snapshot.is_file():
+        log.warning("%s: the list of checkpoints is broken; going on from the newest one", run_folder)
+        snapshot.unlink()
+    return str(whole[-1]) if whole else None
+
+
+def _train_worker(given: dict[str, Any]) -> None:
+    """One worker: trains its share of every step; rank 0 validates, saves and, at the end, grades."""
+    recipe: LabellerRecipe = given["recipe"]
+    placement: TunePlacement = given["placement"]
+    torch.set_num_threads(placement.threads_per_worker)
+    context, device = train.get_context(), get_device()
+    pairs = ray.get(given["pairs"])
+    encoder = PairEncoder(resolve_model(recipe.model), recipe, load_guideline(recipe.guideline))
+    tokens, split_N, grade_N = encoder.encode_rows(pairs), pairs["split"].to_numpy(), pairs["grade"].to_numpy()
+    rows = np.flatnonzero(split_N == "train")
+    trainer = LabellerTrainer(
+        build_labeller(recipe, encoder, device=str(device)),
+        [tokens[row] for row in rows],
+        grade_N[rows].tolist(),
+        recipe,
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        wrap=lambda module: prepare_model(module) if context.get_world_size() > 1 else module,
+    )
+    run = _TuneRun(
+        trainer, given["run_folder"], placement.checkpoint_every_steps, is_first=context.get_world_rank() == 0
+    )
+    run.resume(given["salvaged"])
+    watched = np.flatnonzero(split_N == "validation")
+    run.train([tokens[row] for row in watched], grade_N[watched])
+    run.finish(encoder, tokens, np.isin(split_N, ("calibration", "test")))
+
+
+class _TuneRun:
+    """A worker's way through the run: best epoch so far, speed, checkpoints."""
+
+    def __init__(self, trainer: LabellerTrainer, run_folder: str, checkpoint_every: int, *, is_first: bool) -> None:
+        self.trainer, self.checkpoint_every, self.is_first = trainer, checkpoint_every, is_first
+        self.run_folder = run_folder
+        self.best: dict[str, Any] = {"epoch": 0, "kappa": -2.0, "weights": None}
+        self.seen, self.started, self.told = 0, time.monotonic(), 0.0
+
+    def resume(self, salvaged: str | None) -> None:
+        """Takes over the newest checkpoint, if there is one."""
+        checkpoint = train.get_checkpoint()
+        folder = checkpoint.path if checkpoint else salvaged
+        if folder is None:
+            return
+        state = torch.load(Path(folder, STATE_FILE), weights_only=True, map_location="cpu")
+        self.trainer.load_state_dict(state["trainer"])
+        self.best = state["best"]
+
+    def train(self, validation: list[list[int]], grade_N: NDArray[np.int8]) -> None:
+        """Steps to the end, with a validation after every epoch."""
+        trainer, loss = self.trainer, 0.0
+        self.started = time.monotonic()
+        while trainer.step < trainer.num_steps:
+            loss += trainer.train_step()
+            self.seen += trainer.recipe.batch_size
+            if trainer.step % trainer.steps_per_epoch == 0:
+                self._validate(validation, grade_N)
+            if time.monotonic() - self.told > TELL_EVERY_SEC and self.is_first:
+                self.told = time.monotonic()
+                mean_loss = loss * trainer.world_size / self.seen
+                note = f"steps, mean loss {mean_loss:.3f}, {self.pairs_per_sec:.0f} pairs/s"
+                write_progress(self.run_folder, done=trainer.step, total=trainer.num_steps, note=note)
+            if trainer.step % self.checkpoint_every == 0 and trainer.step < trainer.num_steps:
+                self._report(lambda _: None)
+
+    def finish(self, encoder: PairEncoder, tokens: list[list[int]], wanted_N: NDArray[np.bool_]) -> None:
+        """Last checkpoint: the kept epoch as a Hugging Face folder, and its probabilities of the wanted pairs."""
+
+        def write(folder: Path) -> None:
+            if self.best["weights"] is not None:
+                self.trainer.set_weights(self.best["weights"])
+            probability_N3 = np.full((len(tokens), 3), np.nan, dtype=np.float32)
+            rows = np.flatnonzero(wanted_N)
+            probability_N3[rows] = plain_probabilities(self.trainer.model, [tokens[row] for row in rows])
+            np.savez(
+                folder / PROBABILITY_FILE,
+                probability=probability_N3,
+                grade_token_ids=np.array(encoder.grade_token_ids, dtype=np.int64),
+                best_epoch=self.best["epoch"],
+                pairs_per_sec=self.pairs_per_sec,
+            )
+            save_weights(self.trainer.model, encoder, folder / WEIGHTS_FOLDER)
+
+        self._report(write)
+
+    @property
+    def pairs_per_sec(self) -> float:
+        """Pairs trained per second since this start."""
+        return self.seen / max(time.monotonic() - self.started, 1e-9)
+
+    def _validate(self, validation: list[list[int]], grade_N: NDArray[np.int8]) -> None:
+        trainer = self.trainer
+        epoch = trainer.step // trainer.steps_per_epoch
+        if not self.is_first:
+            return
+        kappa = self.best["kappa"]
+        if validation:
+            probability_N3 = plain_probabilities(trainer.model, validation, bf16=trainer.bf16)
+            kappa = labeller_agreement(grade_N, probability_N3.argmax(axis=1))["quadratic_weighted_kappa"]
+        if kappa > self.best["kappa"] or not validation or trainer.recipe.keep_epoch == "last":
+            self.best = {"epoch": epoch, "kappa": kappa, "weights": trainer.weights()}
+
+    def _report(self, write_more: Any) -> None:
+        """A checkpoint of rank 0; all workers meet here."""
+        metrics = {"step": self.trainer.step}
+        if not self.is_first:
+            train.report(metrics, checkpoint=None)
+            return
+        scratch = Path(tempfile.mkdtemp(prefix="assay-tune-"))
+        try:
+            torch.save({"trainer": self.trainer.state_dict(), "best": self.best}, scratch / STATE_FILE)
+            write_more(scratch)
+            train.report(metrics, checkpoint=Checkpoint.from_directory(os.fspath(scratch)))
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)

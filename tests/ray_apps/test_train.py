@@ -1,0 +1,136 @@
+"""Training on Ray Train: one worker and two learn the same, and a killed run ends like an unbroken one."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embeddings.batches import BatchRecipe, Instance
+from embeddings.encoder import load_encoder
+from embeddings.recipes import EncoderRecipe, TrainRecipe
+from embeddings.text import TextRecipe
+from ray_apps.cluster import RayPlacement, connect
+from ray_apps.train import SCORE, TrainTask, drop_checkpoints, train
+from tests.tiny_models import tiny_bert_folder
+
+WORDS = ["lamp", "hose", "shoe", "drill", "sofa", "kettle", "paint", "rug"]
+RECIPE = TrainRecipe(
+    max_steps=12,
+    validate_every_steps=4,
+    checkpoint_every_steps=2,
+    deterministic=True,
+    learning_rate=1e-3,
+    batch=BatchRecipe(queries_per_step=4, max_products_per_query=4),
+)
+
+
+def make_task(bert, name, recipe=RECIPE, pretrained=""):
+    instances = [
+        Instance(
+            ("toy", f"{colour}{number}"),
+            f"{colour} {word}",
+            [f"{word} {colour}", f"{word[:2]} {colour}", f"{WORDS[number - 1]} 7", f"{WORDS[number - 3]} 9"],
+            np.array([2, 1, 0, 0], dtype=np.int8),
+        )
+        for colour in ("red", "blue")
+        for number, word in enumerate(WORDS)
+    ]
+    return TrainTask(
+        instances, instances[:6], recipe, EncoderRecipe(model=str(bert)), TextRecipe(), "", pretrained, name
+    )
+
+
+def run_training(place, task, num_workers=1):
+    return train(
+        task,
+        str(place / task.fingerprint),
+        storage=str(place / "runs"),
+        num_workers=num_workers,
+        threads_per_worker=1,
+        use_gpu=False,
+        max_failures=0,
+    )
+
+
+def weights(folder):
+    return load_encoder(folder)[0].state_dict()
+
+
+def test_two_workers_learn_what_one_learns(ray_cluster, tmp_path):
+    bert = tiny_bert_folder(tmp_path / "bert", dropout=0.0)
+    recipe = dataclasses.replace(RECIPE, max_steps=4, learning_rate=1e-4)
+    pretrained = str(tmp_path / "pretrained")
+    one = run_training(tmp_path, make_task(bert, "one", recipe, pretrained))
+    two = run_training(tmp_path, make_task(bert, "two", recipe), num_workers=2)
+    assert one["steps"] == two["steps"] == 4
+    assert one[f"{SCORE}_start"] == pytest.approx(two[f"{SCORE}_start"], abs=1e-9)
+    assert one[f"{SCORE}_last"] == pytest.approx(two[f"{SCORE}_last"], abs=1e-3)
+    assert one[SCORE] >= max(one[f"{SCORE}_start"], one[f"{SCORE}_last"])
+    if one["best_step"] == two["best_step"]:
+        left, right = weights(tmp_path / "one"), weights(tmp_path / "two")
+        assert max((left[name] - right[name]).abs().max().item() for name in left) < 1e-4
+    # the baseline is saved, and an identity head does not change its vectors
+    assert load_encoder(pretrained)[0].get_embedding_dimension() == 32
+    # the same name again goes on from the last checkpoint, even where the encoder has gone
+    again = run_training(tmp_path, make_task(bert, "one", recipe))
+    assert again == one
+    drop_checkpoints(str(tmp_path / "runs"), "one")
+    assert not (tmp_path / "runs" / "one").exists()
+
+
+def test_killed_run_resumes_to_the_same_bits(ray_cluster, tmp_path):
+    bert = tiny_bert_folder(tmp_path / "bert")
+    recipe = dataclasses.replace(RECIPE, max_steps=40)
+    whole = run_training(tmp_path, make_task(bert, "whole", recipe))
+    driver = subprocess.Popen(
+        [sys.executable, __file__, str(tmp_path)],
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stderr=subprocess.DEVNULL,
+    )
+    snapshot = tmp_path / "runs" / "killed" / "checkpoint_manager_snapshot.json"
+    deadline = time.monotonic() + 240
+    while (step := reached(snapshot)) < 6:
+        assert driver.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert step < 40
+    assert not (tmp_path / "killed").exists()
+    resumed = run_training(tmp_path, make_task(bert, "killed", recipe))
+    assert resumed == whole
+    left, right = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def reached(snapshot):
+    """Step of the newest checkpoint of a run under way."""
+    try:
+        return json.loads(snapshot.read_text())["latest_checkpoint_result"]["metrics"]["step"]
+    except (OSError, ValueError, TypeError):
+        return 0
+
+
+def test_a_half_written_list_of_checkpoints_starts_the_run_anew(tmp_path):
+    from ray_apps.train import _drop_unreadable
+
+    (tmp_path / "run" / "checkpoint_1").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint_manager_snapshot.json").write_text('{"ray_version": ')
+    _drop_unreadable(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+if __name__ == "__main__":
+    connect(RayPlacement(address="local", num_cpus=2))
+    folder = Path(sys.argv[1])
+    run_training(folder, make_task(folder / "bert", "killed", dataclasses.replace(RECIPE, max_steps=40)))

@@ -1,0 +1,82 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import torch
+
+from embeddings.guideline import load_guideline
+from embeddings.labeller import LabellerRecipe, PairEncoder
+from embeddings.labeller_model import LabellerTrainer, build_labeller
+from ray_apps.checkpoints import SNAPSHOT_FILE
+from ray_apps.cluster import RayPlacement
+from ray_apps.placements import TunePlacement
+from ray_apps.tune import STATE_FILE, salvage, tune_labeller
+from tests.tiny_models import tiny_bert_folder
+
+PLACEMENT = TunePlacement(
+    ray=RayPlacement(address="local", num_cpus=2), threads_per_worker=1, checkpoint_every_steps=2, max_failures=0
+)
+
+
+def graded_pairs():
+    rows = []
+    for split, number in (("train", 24), ("validation", 8), ("calibration", 8), ("test", 8)):
+        for row in range(number):
+            grade = row % 3
+            title = ("knife", "blue shoe", "red shoe")[grade]
+            rows.append({"split": split, "query": "red shoe", "title": title, "grade": grade})
+    schema = pa.schema([("split", pa.string()), ("query", pa.string()), ("title", pa.string()), ("grade", pa.int8())])
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_that_goes_on_from_its_checkpoint_ends_like_an_unbroken_one(tmp_path):
+    recipe = LabellerRecipe(
+        model=str(tiny_bert_folder(tmp_path / "model")),
+        max_tokens=32,
+        batch_size=8,
+        epochs=2,
+        learning_rate=3e-3,
+        deterministic=True,
+    )
+    pairs, storage = graded_pairs(), str(tmp_path / "runs")
+    whole = tune_labeller(pairs, recipe, PLACEMENT, storage=storage, name="whole")
+
+    # what a start leaves that was killed after its second step of six, while Train wrote its snapshot
+    encoder = PairEncoder(recipe.model, recipe, load_guideline("v1"))
+    train = pairs.slice(0, 24)
+    model = build_labeller(recipe, encoder, device="cpu")
+    trainer = LabellerTrainer(model, encoder.encode_rows(train), train["grade"].to_pylist(), recipe)
+    trainer.train_step()
+    trainer.train_step()
+    torch.use_deterministic_algorithms(False)
+    left = tmp_path / "runs" / "cut" / "checkpoint_1"
+    left.mkdir(parents=True)
+    best = {"epoch": 0, "kappa": -2.0, "weights": None}
+    torch.save({"trainer": trainer.state_dict(), "best": best}, left / STATE_FILE)
+    (left.parent / SNAPSHOT_FILE).write_text('{"checkpoint_results": [', encoding="utf-8")
+    resumed = tune_labeller(pairs, recipe, PLACEMENT, storage=storage, name="cut")
+
+    np.testing.assert_allclose(resumed.probability_N3, whole.probability_N3, atol=1e-6)
+    assert resumed.best_epoch == whole.best_epoch
+    assert np.isnan(whole.probability_N3[:32]).all()
+    np.testing.assert_allclose(whole.probability_N3[32:].sum(axis=1), 1, atol=1e-5)
+
+
+def test_a_snapshot_cut_off_in_writing_is_removed_and_the_newest_whole_checkpoint_taken(tmp_path):
+    assert salvage(tmp_path / "none") is None
+    for name in ("checkpoint_1", "checkpoint_2", "checkpoint_3"):
+        (tmp_path / name).mkdir()
+        torch.save({"step": 1}, tmp_path / name / STATE_FILE)
+    (tmp_path / "checkpoint_3" / STATE_FILE).write_bytes(b"PK cut off")
+    snapshot = tmp_path / SNAPSHOT_FILE
+
+    known = {"ray_version": ray.__version__, "checkpoint_results": [{"checkpoint_dir_name": "checkpoint_2"}]}
+    snapshot.write_text(json.dumps(known), encoding="utf-8")
+    assert salvage(tmp_path) is None
+    assert snapshot.exists()
+    snapshot.write_text('{"checkpoint_results": [', encoding="utf-8")
+    assert salvage(tmp_path) == str(tmp_path / "checkpoint_2")
+    assert not snapshot.exists()
