@@ -1,0 +1,1 @@
+"""The jobs: parse, build, run. The only readers and writers of tables."""

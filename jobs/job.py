@@ -1,0 +1,185 @@
+"""The one shape of a job: parse SETTING and key=value, pin the inputs, run, print the record.
+
+A job's config has `lake`, `setting` and three sections: `inputs` (which table at which version, which artifact),
+`recipe` (what is computed; bears identity) and `placement` (where and how; never identity).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+from conf.load import ConfigError, describe, fingerprint, list_settings, load_job, meaning
+from lake import runs
+from lake.runs import Run, RunRecord
+from lake.schemas import TABLES
+from lake.storage import Lake
+
+DONE, FAILED, BAD_USAGE, GATE_SAID_NO = 0, 1, 2, 3
+DEFAULT_LAKE = ".assay/demo"
+
+LakeRoot = Annotated[str, meaning("folder of the lake")]
+SettingName = Annotated[str, meaning("name of the setting, for the run record")]
+TableVersion = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
+    meaning('version to read: a number, or "newest"'),
+]
+
+
+OUTSIDE = ("root", "mapping", "file")
+"""Inputs that name what lies outside the lake; a folder of that name inside it is none of them."""
+
+
+class GateError(RuntimeError):
+    """A quality gate said no; the message says which and by how much."""
+
+
+def begin(config: Any, job: str) -> Run:
+    """Opens a run: pins every input to a version or a content hash, and computes the fingerprint.
+
+    Raises:
+        LakeError: a table, version or folder that the inputs name does not exist.
+    """
+    lake = Lake(config.lake)
+    lake.check_writable()
+    inputs = _pinned(lake, config.inputs)
+    return Run(
+        lake=lake,
+        job=job,
+        setting=config.setting,
+        fingerprint=fingerprint(job, config.recipe, inputs),
+        inputs=inputs,
+        recipe=config.recipe,
+    )
+
+
+def _pinned(lake: Lake, inputs: Any) -> dict[str, str]:
+    pinned: dict[str, str] = {}
+    for field in dataclasses.fields(inputs):
+        value = getattr(inputs, field.name)
+        if value in ("", ()):
+            continue
+        if field.name in TABLES:
+            pinned[field.name] = str(runs.pinned_version(lake, field.name, value))
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            folder = item if field.name in OUTSIDE and os.path.exists(item) else find_path(lake, item)
+            pinned[f"{field.name}:{item}" if isinstance(value, tuple) else field.name] = (
+                content_hash(folder) if folder else item
+            )
+    return pinned
+
+
+def find_path(lake: Lake, value: str) -> str | None:
+    """The file or folder an input names, inside the lake first; None where it names none."""
+    return next((path for path in (lake.path(value), value) if os.path.exists(path)), None)
+
+
+def content_hash(path: str) -> str:
+    """16 hex digits over a file, or over all files of a folder by relative name; equal content, equal hash."""
+    root, digest = Path(path), hashlib.sha256()
+    files = [root] if root.is_file() else sorted(item for item in root.rglob("*") if item.is_file())
+    for item in files:
+        digest.update(b"" if item == root else str(item.relative_to(root)).encode() + b"\0")
+        with item.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def main(job: str, config_class: type[Any], run: Callable[[Any], RunRecord], argv: Sequence[str] | None) -> int:
+    """`python -m jobs.<job> SETTING key=value ...`: runs the job; the last line is its record as JSON.
+
+    Returns:
+        0 done, 1 failed, 2 bad usage or configuration, 3 a quality gate said no.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in words or "-h" in words:
+        print(help_text(job, config_class, next((word for word in words if word in list_settings(job)), "dev")))
+        return DONE
+    set_up_logging(logging.INFO)
+    return guarded(lambda: print(run(parse(job, config_class, words)).to_json(), flush=True))
+
+
+def set_up_logging(level: int) -> None:
+    """Log lines to standard error; libraries that chat are heard from warnings on."""
+    logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
+    for name in ("py4j", "ray", "httpx", "sentence_transformers", "faiss"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def parse(job: str, config_class: type[Any], words: Sequence[str]) -> Any:
+    """SETTING and key=value words, in any order, into the job's config.
+
+    Raises:
+        ConfigError: no setting, more than one, or a bad key or value.
+    """
+    named = [word for word in words if "=" not in word and word != "--json"]
+    if len(named) != 1 or named[0].startswith("-"):
+        known = ", ".join(list_settings(job))
+        raise ConfigError(
+            f"{job}: expected one SETTING and key=value words, got {' '.join(named) or 'none'}; settings: {known}"
+        )
+    overrides = [word for word in words if "=" in word]
+    return load_job(config_class, job, named[0], [f"setting={named[0]}", *overrides])
+
+
+def guarded(action: Callable[[], object]) -> int:
+    """Runs an action and turns what goes wrong into one sentence and an exit code."""
+    try:
+        action()
+    except ConfigError as error:
+        return _fail(error, BAD_USAGE)
+    except GateError as error:
+        return _fail(error, GATE_SAID_NO)
+    except BrokenPipeError:
+        # Whoever read the output has gone (assay ... | head); Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on where this one stopped", FAILED)
+    except Exception as error:  # engines raise classes of their own; ASSAY_DEBUG=1 shows where
+        if os.environ.get("ASSAY_DEBUG"):
+            raise
+        return _fail(one_sentence(error), FAILED)
+    return DONE
+
+
+def one_sentence(error: BaseException) -> str:
+    """What went wrong in one line: of a remote error its cause, of an engine's report the line that says it."""
+    if isinstance(error, ImportError) and error.name:
+        return f"{error.name} is not installed; install the extra of assay that brings it"
+    cause = getattr(error, "cause", None)
+    text = str(cause if isinstance(cause, BaseException) else error)
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith((" ", "\t"))]
+    if not lines:
+        return type(error).__name__
+    return lines[-1] if lines[0].startswith(("Traceback", "ray::", "\x1b")) else lines[0]
+
+
+def _fail(what: object, code: int) -> int:
+    print(f"assay: {what}", file=sys.stderr)
+    return code
+
+
+def help_text(job: str, config_class: type[Any], setting: str) -> str:
+    """Every setting of a job with type, default under `setting`, unit and meaning."""
+    config = load_job(config_class, job, setting) if setting in list_settings(job) else None
+    head = f"{job} SETTING [key=value ...]\nsettings: {', '.join(list_settings(job))} (defaults below: {setting})\n"
+    return "\n".join([head, *settings_lines(config_class, config)])
+
+
+def settings_lines(config_class: type[Any], config: Any) -> list[str]:
+    """One entry per setting: key, default, type, meaning and unit."""
+    lines = []
+    for item in describe(config_class, config):
+        unit = f" [{item.unit}]" if item.unit else ""
+        lines.append(f"  {item.key}={item.default}\n      {item.type}: {item.meaning}{unit}")
+    return lines

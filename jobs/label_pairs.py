@@ -1,0 +1,171 @@
+"""Grades the candidate pairs that have no row in the ledger."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Annotated
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from conf.load import meaning, settings
+from embeddings.labeller import LabellerCard, load_labeller_card
+from jobs import job, labelling
+from lake import tables
+from lake.progress import write_progress
+from lake.runs import Run, RunRecord
+from lake.schemas import CANDIDATE_PAIR, PAIR_GRADE, QUARANTINE
+from ray_apps.placements import LabelPlacement
+
+log = logging.getLogger(__name__)
+
+
+@settings
+class Inputs:
+    """Pairs, their texts and the judge."""
+
+    candidate_pair: job.TableVersion = "newest"
+    query: job.TableVersion = "newest"
+    catalog_product: job.TableVersion = "newest"
+    labeller: Annotated[str, meaning("folder of the labeller, below the lake or anywhere")] = ""
+
+
+@settings
+class LabelRecipe:
+    """What is refused. Grades follow from labeller and texts alone."""
+
+    max_rejected_fraction: Annotated[
+        float, meaning("share of answers without a distribution past which the run fails", ge=0, le=1)
+    ] = 0.01
+
+
+@settings
+class Config:
+    """Settings of label_pairs."""
+
+    lake: job.LakeRoot = job.DEFAULT_LAKE
+    setting: job.SettingName = "dev"
+    inputs: Inputs = Inputs()
+    recipe: LabelRecipe = LabelRecipe()
+    placement: LabelPlacement = LabelPlacement()
+
+
+def run(config: Config) -> RunRecord:
+    """Candidate pairs without a ledger row -> ledger, part by part; what is there already is never asked again."""
+    current = job.begin(config, "label_pairs")
+    folder = labelling.labeller_folder(current.lake, config.inputs.labeller)
+    card = load_labeller_card(folder)
+    candidates = labelling.read(current, CANDIDATE_PAIR, labelling.PAIR).group_by(labelling.PAIR).aggregate([])
+    pairs = with_addresses(labelling.with_texts(current, candidates), card)
+    waiting = without_ledger_rows(current, pairs)
+    counts = {
+        "candidates": len(candidates),
+        "without_text": len(candidates) - len(pairs),
+        "reused": len(pairs) - len(waiting),
+    }
+    waiting = first_of_each(waiting)
+    log.info("label_pairs: %d texts to grade, %s", len(waiting), counts)
+    labelled = rejected = 0
+    if len(waiting):
+        from ray_apps.label import label_pairs
+
+        run_folder = current.lake.path("runs", current.fingerprint)
+        for answers in label_pairs(waiting, folder, config.placement):
+            part = answers.join(waiting, "address", join_type="inner")
+            good = pc.is_finite(part["p0"])
+            labelled += append(current, card, part.filter(good))
+            rejected += quarantine(current, part.filter(pc.invert(good)))
+            write_progress(run_folder, done=labelled + rejected, total=len(waiting), note="pairs graded")
+    if rejected > config.recipe.max_rejected_fraction * max(len(waiting), 1):
+        raise ValueError(
+            f"label_pairs: {rejected} of {len(waiting)} answers were no distribution over the grades, more than "
+            f"recipe.max_rejected_fraction={config.recipe.max_rejected_fraction}; see the quarantine table"
+        )
+    tables.create(current.lake, PAIR_GRADE)
+    counts |= {"labelled": labelled, "rejected": rejected}
+    return current.finish(
+        rows=labelled, outputs={"pair_grade": tables.version(current.lake, PAIR_GRADE) or 0}, counts=counts
+    )
+
+
+def with_addresses(pairs: pa.Table, card: LabellerCard) -> pa.Table:
+    """The pairs with their content address under this labeller."""
+    hashes = zip(pairs["query_hash"].to_pylist(), pairs["product_hash"].to_pylist(), strict=True)
+    return pairs.append_column("address", pa.array([card.address(*both) for both in hashes], pa.string()))
+
+
+def without_ledger_rows(current: Run, pairs: pa.Table) -> pa.Table:
+    """The pairs whose address the ledger does not hold."""
+    if not tables.exists(current.lake, PAIR_GRADE):
+        return pairs
+    held = tables.rows(current.lake, PAIR_GRADE, columns=["address"])["address"]
+    return pairs.filter(pc.invert(pc.is_in(pairs["address"], value_set=held.combine_chunks())))
+
+
+def first_of_each(pairs: pa.Table) -> pa.Table:
+    """One pair per address, the first in key order: equal texts are graded once."""
+    place = pa.array(np.arange(len(pairs)))
+    kept = pairs.append_column("place", place).group_by("address").aggregate([("place", "min")])["place_min"]
+    return pairs.take(kept.combine_chunks().sort())
+
+
+def append(current: Run, card: LabellerCard, part: pa.Table) -> int:
+    """Writes a part of the ledger; its name is its content, so a replay finds it there."""
+    if not len(part):
+        return 0
+    part = part.sort_by("address")
+    probability_N3 = np.stack([part[f"p{grade}"].to_numpy() for grade in range(3)], axis=1)
+    constant = {
+        "judge": "labeller",
+        "labeller": card.fingerprint,
+        "guideline": card.guideline,
+        "prompt": card.prompt,
+        "decoding": card.decoding,
+        "run_id": current.run_id,
+    }
+    rows = part.select(["address", *labelling.PAIR, "query_hash", "product_hash", "p0", "p1", "p2"])
+    rows = rows.append_column("grade", pa.array(probability_N3.argmax(axis=1), pa.int8()))
+    for name, value in constant.items():
+        rows = rows.append_column(name, pa.array([value] * len(rows), pa.string()))
+    written = pa.array([datetime.now(UTC)] * len(rows), pa.timestamp("us", tz="UTC"))
+    name = hashlib.sha256("".join(part["address"].to_pylist()).encode()).hexdigest()[:16]
+    tables.append_once(
+        current.lake, PAIR_GRADE, rows.append_column("created_at", written), run_id=current.fingerprint, part=name
+    )
+    return len(part)
+
+
+def quarantine(current: Run, part: pa.Table) -> int:
+    """Writes pairs whose answer was no distribution, with the reason; the next run asks for them again."""
+    rows = [
+        {
+            "run_id": current.run_id,
+            "part": f"answers-{part['address'][0].as_py()[:16]}",
+            "row_number": number,
+            "dataset": row["dataset"],
+            "table_name": PAIR_GRADE.name,
+            "row": json.dumps({name: row[name] for name in ("address", *labelling.PAIR, "query", "title")}),
+            "reason": "the labeller's answer is no probability distribution over the grades",
+            "created_at": datetime.now(UTC),
+        }
+        for number, row in enumerate(part.to_pylist())
+    ]
+    if rows:
+        data = pa.Table.from_pylist(rows, schema=QUARANTINE.schema)
+        tables.append_once(current.lake, QUARANTINE, data, run_id=current.run_id, part=rows[0]["part"])
+    return len(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of the job."""
+    return job.main("label_pairs", Config, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

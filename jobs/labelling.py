@@ -1,0 +1,45 @@
+"""Gives pairs their texts: what tuning and labelling read of queries and products."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from conf.load import ConfigError
+from jobs import job
+from lake import tables
+from lake.runs import Run
+from lake.schemas import CATALOG_PRODUCT, QUERY, TableSpec
+from lake.storage import Lake
+
+PAIR = ["dataset", "query_id", "product_id"]
+TEXTS = ["title", "brand", "category", "description", "attributes"]
+
+
+def read(current: Run, spec: TableSpec, columns: list[str]) -> pa.Table:
+    """Columns of a table at the version that the run is pinned to."""
+    return tables.rows(current.lake, spec, version=int(current.inputs[spec.name]), columns=columns)
+
+
+def with_texts(current: Run, pairs: pa.Table) -> pa.Table:
+    """The pairs with query, query_hash, split, the product's texts and product_hash, in key order.
+
+    Pairs whose query or product is not in the pinned tables are left out.
+    """
+    queries = read(current, QUERY, ["dataset", "query_id", "text", "query_hash", "split"])
+    products = read(current, CATALOG_PRODUCT, ["dataset", "product_id", *TEXTS, "product_hash"])
+    queries = queries.rename_columns(["dataset", "query_id", "query", "query_hash", "split"])
+    joined = pairs.join(queries, ["dataset", "query_id"], join_type="inner")
+    joined = joined.join(products, ["dataset", "product_id"], join_type="inner")
+    return joined.sort_by([(name, "ascending") for name in PAIR])
+
+
+def labeller_folder(lake: Lake, value: str) -> str:
+    """The folder that inputs.labeller names, below the lake or anywhere.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    folder = job.find_path(lake, value) if value else None
+    if folder is None:
+        raise ConfigError(f"inputs.labeller={value!r}: no such folder; give the one of tune_labeller")
+    return folder

@@ -1,0 +1,171 @@
+"""Finds pairs that may be hard: the stage 1 encoder's neighbours of every train query, by rank band."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from conf.load import meaning, settings
+from embeddings.mining import MiningRecipe, select_candidates
+from jobs import job
+from jobs.embed_catalog import Catalog, EmbedPlacement, EmbedRecipe, embed, encoder_folder, read_catalogs
+from lake import tables
+from lake.runs import Run, RunRecord
+from lake.schemas import MINED_PAIR, QUERY, TRAINING_INSTANCE
+from lake.storage import Lake
+
+if TYPE_CHECKING:
+    from ray_apps.mine import Neighbours
+
+ROUND = 1
+"""The paper mines once; further rounds would go on from here."""
+
+
+@settings
+class Inputs:
+    """Train queries, the catalogue and the stage 1 encoder."""
+
+    training_instance: job.TableVersion = "newest"
+    query: job.TableVersion = "newest"
+    catalog_product: job.TableVersion = "newest"
+    model: Annotated[str, meaning("folder of the stage 1 encoder, in the lake or elsewhere")] = ""
+
+
+@settings
+class HardPairRecipe:
+    """Among which products, how deep, and how many pairs to grade."""
+
+    scope: Annotated[
+        Literal["catalog", "training_items"],
+        meaning("products searched: the full catalogue, or as in the paper only those of the training instances"),
+    ] = "catalog"
+    mining: MiningRecipe = MiningRecipe()
+    embedding: EmbedRecipe = EmbedRecipe()
+
+
+@settings
+class Placement:
+    """Where encoding and search run."""
+
+    embed: EmbedPlacement = EmbedPlacement()
+    num_search_actors: Annotated[int, meaning("actors that hold FAISS shards; at most one per shard", ge=1)] = 2
+    threads_per_search_actor: Annotated[int, meaning("CPUs and threads of each", "CPUs", ge=1)] = 1
+
+
+@settings
+class Config:
+    """Settings of mine_hard_pairs."""
+
+    lake: job.LakeRoot = job.DEFAULT_LAKE
+    setting: job.SettingName = "dev"
+    inputs: Inputs = Inputs()
+    recipe: HardPairRecipe = HardPairRecipe()
+    placement: Placement = Placement()
+
+
+def run(config: Config) -> RunRecord:
+    """Ungraded neighbours of every train query, drawn by rank band; pairs already in an instance are known."""
+    from ray_apps import mine as app
+
+    folder = encoder_folder(Lake(config.lake), config.inputs.model, "inputs.model")
+    current = job.begin(config, "mine_hard_pairs")
+    model, recipe = current.inputs["model"], config.recipe
+    instances = _train_instances(current)
+    catalogs = read_catalogs(current.lake, int(current.inputs["catalog_product"]), sorted(instances))
+    texts = {dataset: [row["query"] for row in rows] for dataset, rows in instances.items()}
+    files = embed(current, catalogs, {model: folder}, texts, recipe.embedding, config.placement.embed)
+    searches = [
+        app.Search(
+            catalog.shards(current.lake, model, recipe.embedding),
+            np.load(files[model, catalog.dataset], allow_pickle=False),
+            _searched(catalog, instances[catalog.dataset], recipe.scope),
+        )
+        for catalog in catalogs
+    ]
+    found = app.mine(
+        searches,
+        recipe.mining.depth,
+        num_actors=config.placement.num_search_actors,
+        threads_per_actor=config.placement.threads_per_search_actor,
+    )
+    rows = [
+        row | {"model": model, "round": ROUND, "run_id": current.run_id}
+        for catalog, neighbours in zip(catalogs, found, strict=True)
+        for row in _mined_rows(catalog, instances[catalog.dataset], neighbours, recipe.mining)
+    ]
+    data = pa.Table.from_pylist(rows, schema=MINED_PAIR.schema)
+    version = tables.replace(current.lake, MINED_PAIR, data, run_id=current.run_id)
+    counts = {f"{band}_pairs": sum(row["band"] == band for row in rows) for band in ("top", "tail")}
+    counts["queries"] = sum(len(own) for own in instances.values())
+    return current.finish(rows=len(rows), outputs={"mined_pair": version}, counts=counts)
+
+
+def _train_instances(current: Run) -> dict[str, list[dict[str, Any]]]:
+    """Stage 1 instances of train queries by data set, in the order of their ids."""
+    version = int(current.inputs["query"])
+    split = tables.rows(
+        current.lake, QUERY, version=version, columns=["dataset", "query_id"], where=[("split", "=", "train")]
+    )
+    is_train = set(zip(split["dataset"].to_pylist(), split["query_id"].to_pylist(), strict=True))
+    rows = tables.rows(
+        current.lake,
+        TRAINING_INSTANCE,
+        version=int(current.inputs["training_instance"]),
+        where=[("stage", "=", 1)],
+    )
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows.sort_by([("dataset", "ascending"), ("query_id", "ascending")]).to_pylist():
+        if (row["dataset"], row["query_id"]) in is_train:
+            found.setdefault(row["dataset"], []).append(row)
+    return found
+
+
+def _searched(catalog: Catalog, instances: Sequence[Mapping[str, Any]], scope: str) -> NDArray[np.bool_]:
+    """Which rows of the catalogue may be found: of equal texts the first in scope, so that none fills the ranks."""
+    ids = catalog.products["product_id"].to_pylist()
+    trained = {product for row in instances for product in row["product_ids"]}
+    in_scope = np.array([scope == "catalog" or product in trained for product in ids], dtype=bool)
+    hashes = np.array(catalog.products["product_hash"].to_pylist())
+    _, first = np.unique(hashes[in_scope], return_index=True)
+    is_kept = np.zeros(len(ids), dtype=bool)
+    is_kept[np.flatnonzero(in_scope)[first]] = True
+    return is_kept
+
+
+def _mined_rows(
+    catalog: Catalog, instances: Sequence[Mapping[str, Any]], found: Neighbours, recipe: MiningRecipe
+) -> list[dict[str, Any]]:
+    ids = catalog.products["product_id"].to_pylist()
+    rows = []
+    for place, instance in enumerate(instances):
+        retrieved = [ids[row] for row in found.row_QK[place].tolist()]
+        judged = dict(zip(instance["product_ids"], instance["grades"], strict=True))
+        key = (catalog.dataset, instance["query_id"])
+        rows += [
+            {
+                "dataset": catalog.dataset,
+                "query_id": instance["query_id"],
+                "product_id": candidate.product_id,
+                "rank": candidate.rank,
+                "score": float(found.score_QK[place, candidate.rank - 1]),
+                "band": candidate.band,
+                "shard": int(found.shard_QK[place, candidate.rank - 1]),
+            }
+            for candidate in select_candidates(key, retrieved, judged, recipe=recipe)
+            if candidate.grade is None
+        ]
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of the job."""
+    return job.main("mine_hard_pairs", Config, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Trains the encoder on instances: stage 1 orders the grades, stage 2 gives each its band of cosines."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+
+from conf.load import ConfigError, meaning, settings, validate
+from embeddings.batches import Instance
+from embeddings.recipes import CARD_FILE, EncoderRecipe, TrainRecipe, read_card
+from embeddings.text import TextRecipe, normalise_query, product_text
+from jobs import job
+from lake import tables
+from lake.runs import Run, RunRecord
+from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, QUERY, TRAINING_INSTANCE
+from ray_apps.cluster import RayPlacement, connect
+
+log = logging.getLogger(__name__)
+
+Texts = Mapping[tuple[str, str], str]
+
+
+@settings
+class Inputs:
+    """Instances, what their ids stand for, and the encoder that stage 2 goes on from."""
+
+    training_instance: job.TableVersion = "newest"
+    query: job.TableVersion = "newest"
+    catalog_product: job.TableVersion = "newest"
+    annotation_consensus: job.TableVersion = "newest"
+    model: Annotated[str, meaning("folder of the stage 1 encoder; empty builds recipe.encoder.model")] = ""
+
+
+@settings
+class EncoderTrainingRecipe:
+    """What is trained and how. A run that goes on from a model takes texts and limits from that model's card."""
+
+    encoder: EncoderRecipe = EncoderRecipe()
+    text: TextRecipe = TextRecipe()
+    train: TrainRecipe = TrainRecipe()
+
+
+@settings
+class Placement:
+    """Where training runs."""
+
+    ray: RayPlacement = RayPlacement()
+    num_workers: Annotated[int, meaning("DDP workers", ge=1)] = 1
+    threads_per_worker: Annotated[int, meaning("CPUs and threads of each", "CPUs", ge=1)] = 2
+    use_gpu: Annotated[bool, meaning("one GPU per worker")] = False
+    max_failures: Annotated[int, meaning("restarts after a worker died", ge=0)] = 0
+
+
+@settings
+class Config:
+    """Settings of train_encoder."""
+
+    lake: job.LakeRoot = job.DEFAULT_LAKE
+    setting: job.SettingName = "dev"
+    inputs: Inputs = Inputs()
+    recipe: EncoderTrainingRecipe = EncoderTrainingRecipe()
+    placement: Placement = Placement()
+
+
+def run(config: Config) -> RunRecord:
+    """The encoder of one stage, and in stage 1 the pretrained baseline beside it."""
+    from ray_apps import train as app
+
+    current = job.begin(config, "train_encoder")
+    lake, stage = current.lake, config.recipe.train.stage
+    start = job.find_path(lake, config.inputs.model) if config.inputs.model else None
+    if config.inputs.model and start is None:
+        raise ConfigError(f"inputs.model={config.inputs.model!r}: no such folder in the lake or elsewhere")
+    encoder, text = _recipes(config.recipe, start)
+    texts = _product_texts(current, text)
+    instances, validation = _training_instances(current, stage, texts), _validation(current, texts)
+    log.info("train_encoder: stage %d, %d instances, %d validation queries", stage, len(instances), len(validation))
+    encoder_path, pretrained_path = f"models/encoder/{current.fingerprint}", f"models/pretrained/{current.fingerprint}"
+    task = app.TrainTask(
+        instances=instances,
+        validation=validation,
+        recipe=config.recipe.train,
+        encoder=app.absolute_model(encoder),
+        text=text,
+        start=start or "",
+        pretrained="" if start else lake.path(pretrained_path),
+        fingerprint=current.fingerprint,
+    )
+    connect(config.placement.ray)
+    metrics = app.train(
+        task,
+        lake.path(encoder_path),
+        storage=lake.path("runs"),
+        num_workers=config.placement.num_workers,
+        threads_per_worker=config.placement.threads_per_worker,
+        use_gpu=config.placement.use_gpu,
+        max_failures=config.placement.max_failures,
+    )
+    record = current.finish(
+        rows=len(instances),
+        outputs={"encoder": encoder_path} | ({} if start else {"pretrained": pretrained_path}),
+        counts={"instances": len(instances), "validation_queries": len(validation)},
+        metrics=metrics,
+    )
+    app.drop_checkpoints(lake.path("runs"), current.fingerprint)
+    return record
+
+
+def _recipes(recipe: EncoderTrainingRecipe, start: str | None) -> tuple[EncoderRecipe, TextRecipe]:
+    """Encoder and text recipe: those of the model's card where the run goes on from a model."""
+    if start is None:
+        return recipe.encoder, recipe.text
+    source, card = f"{start}/{CARD_FILE}", read_card(start)
+    return (
+        validate(EncoderRecipe, card.get("encoder", {}), source=source),
+        validate(TextRecipe, card.get("text", {}), source=source),
+    )
+
+
+def _product_texts(current: Run, recipe: TextRecipe) -> Texts:
+    names = ["dataset", "product_id", "title", "brand", "category", "description"]
+    version = int(current.inputs["catalog_product"])
+    rows = tables.rows(current.lake, CATALOG_PRODUCT, version=version, columns=names)
+    columns = [rows[name].to_pylist() for name in names]
+    return {
+        (dataset, product_id): product_text(title, brand, category, description, recipe)
+        for dataset, product_id, title, brand, category, description in zip(*columns, strict=True)
+    }
+
+
+def _training_instances(current: Run, stage: int, texts: Texts) -> list[Instance]:
+    rows = tables.rows(
+        current.lake,
+        TRAINING_INSTANCE,
+        version=int(current.inputs["training_instance"]),
+        where=[("stage", "=", stage)],
+    )
+    # by key, so that the order does not depend on how the table was written
+    ordered = rows.sort_by([("dataset", "ascending"), ("query_id", "ascending")]).to_pylist()
+    # the splits may have changed since the instances were built
+    names, where = ["dataset", "query_id"], [("split", "=", "train")]
+    queries = tables.rows(current.lake, QUERY, version=int(current.inputs["query"]), columns=names, where=where)
+    is_train = set(zip(*(queries[name].to_pylist() for name in names), strict=True))
+    kept = [row for row in ordered if (row["dataset"], row["query_id"]) in is_train]
+    if len(kept) < len(ordered):
+        log.warning("train_encoder: %d instances left out, no train queries now", len(ordered) - len(kept))
+    return [_instance(row, row["query"], row["product_ids"], row["grades"], texts) for row in kept]
+
+
+def _validation(current: Run, texts: Texts) -> list[Instance]:
+    """Validation queries with their human grades."""
+    lake, pinned = current.lake, current.inputs
+    queries = tables.rows(
+        lake,
+        QUERY,
+        version=int(pinned["query"]),
+        columns=["dataset", "query_id", "text"],
+        where=[("split", "=", "validation")],
+    ).to_pylist()
+    grades: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
+    names = ["dataset", "query_id", "product_id", "grade"]
+    consensus = tables.rows(lake, ANNOTATION_CONSENSUS, version=int(pinned["annotation_consensus"]), columns=names)
+    for dataset, query_id, product_id, grade in zip(*(consensus[name].to_pylist() for name in names), strict=True):
+        grades[dataset, query_id][product_id] = grade
+    judged = [(row, grades[row["dataset"], row["query_id"]]) for row in queries]
+    return [
+        _instance(row, row["text"], sorted(own), [own[product] for product in sorted(own)], texts)
+        for row, own in sorted(judged, key=lambda item: (item[0]["dataset"], item[0]["query_id"]))
+        if own
+    ]
+
+
+def _instance(
+    row: Mapping[str, Any], text: str, product_ids: Sequence[str], grades: Sequence[int], texts: Texts
+) -> Instance:
+    key = (row["dataset"], row["query_id"])
+    known = [
+        (texts[row["dataset"], product_id], grade)
+        for product_id, grade in zip(product_ids, grades, strict=True)
+        if (row["dataset"], product_id) in texts
+    ]
+    products = [product for product, _ in known]
+    return Instance(key, normalise_query(text), products, np.array([grade for _, grade in known], dtype=np.int8))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of the job."""
+    return job.main("train_encoder", Config, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Fine-tunes the labeller on the human consensus and calibrates it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from conf.load import settings
+from embeddings.guideline import ProductFields, labeller_product_text
+from embeddings.labeller import LabellerRecipe, calibrated, calibration_error, fit_temperature, save_labeller
+from embeddings.metrics import labeller_agreement
+from jobs import job, labelling
+from lake.runs import Run, RunRecord
+from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT
+from ray_apps.placements import TunePlacement
+
+log = logging.getLogger(__name__)
+
+MAX_BASELINE_PAIRS = 4000
+"""Train pairs that the cosine's two thresholds are fitted on; more move them by less than a quantile."""
+
+
+@settings
+class Inputs:
+    """Human grades and the texts they are about."""
+
+    query: job.TableVersion = "newest"
+    catalog_product: job.TableVersion = "newest"
+    annotation_consensus: job.TableVersion = "newest"
+
+
+@settings
+class Config:
+    """Settings of tune_labeller."""
+
+    lake: job.LakeRoot = job.DEFAULT_LAKE
+    setting: job.SettingName = "dev"
+    inputs: Inputs = Inputs()
+    recipe: LabellerRecipe = LabellerRecipe()
+    placement: TunePlacement = TunePlacement()
+
+
+def run(config: Config) -> RunRecord:
+    """Graded pairs of train queries -> models/labeller/<fingerprint>, measured on test queries."""
+    from ray_apps.tune import tune_labeller
+
+    current = job.begin(config, "tune_labeller")
+    recipe, storage = config.recipe, current.lake.path("runs")
+    consensus = labelling.read(current, ANNOTATION_CONSENSUS, [*labelling.PAIR, "grade"])
+    human = labelling.with_texts(current, consensus)
+    weak = labelling.with_texts(current, random_irrelevant(current, human, recipe))
+    pairs = pa.concat_tables([human, weak.select(human.column_names)])
+    counts = {"human_pairs": len(human), "random_pairs": len(weak)}
+    counts |= {f"{split}_pairs": pc.sum(pc.equal(human["split"], split)).as_py() or 0 for split in ("train", "test")}
+    log.info("tune_labeller: %s", counts)
+    tuned = tune_labeller(pairs, recipe, config.placement, storage=storage, name=current.fingerprint)
+    probability_N3, grade_N = tuned.probability_N3[: len(human)], human["grade"].to_numpy()
+    fitted_N, test_N = (human["split"].to_numpy() == split for split in ("calibration", "test"))
+    temperature = fit_temperature(probability_N3[fitted_N], grade_N[fitted_N])
+    metrics = {"temperature": temperature, "best_epoch": tuned.best_epoch}
+    if test_N.any():
+        calibrated_N3 = calibrated(probability_N3[test_N], temperature)
+        metrics |= agreement("", grade_N[test_N], calibrated_N3.argmax(axis=1))
+        metrics["ece"] = calibration_error(calibrated_N3, grade_N[test_N])
+        metrics |= baselines(human, recipe)
+    folder = f"models/labeller/{current.fingerprint}"
+    save_labeller(
+        tuned.weights,
+        current.lake.path(folder),
+        recipe,
+        grade_token_ids=tuned.grade_token_ids,
+        temperature=temperature,
+        metrics=metrics,
+    )
+    # the speed is no property of the labeller: equal labellers have equal folders
+    metrics["pairs_per_sec"] = tuned.pairs_per_sec
+    record = current.finish(rows=counts["train_pairs"], outputs={"labeller": folder}, counts=counts, metrics=metrics)
+    shutil.rmtree(Path(storage, current.fingerprint), ignore_errors=True)
+    return record
+
+
+def agreement(prefix: str, human_N: NDArray[np.integer], predicted_N: NDArray[np.integer]) -> dict[str, float]:
+    """The three numbers of the report, named with the prefix."""
+    found = labeller_agreement(human_N, predicted_N)
+    return {
+        f"{prefix}accuracy": found["accuracy"],
+        f"{prefix}within_1": found["within_1"],
+        f"{prefix}quadratic_weighted_kappa": found["quadratic_weighted_kappa"],
+    }
+
+
+def baselines(human: pa.Table, recipe: LabellerRecipe) -> dict[str, float]:
+    """Agreement of the commonest grade and of the pretrained cosine on the same test pairs."""
+    from embeddings import labeller_baseline as baseline
+
+    split_N, grade_N = human["split"].to_numpy(), human["grade"].to_numpy()
+    train, test = np.flatnonzero(split_N == "train"), np.flatnonzero(split_N == "test")
+    if len(train) > MAX_BASELINE_PAIRS:
+        train = np.sort(np.random.default_rng(recipe.seed).choice(train, MAX_BASELINE_PAIRS, replace=False))
+    rows = human.take(np.concatenate([train, test]))
+    columns = [rows[name].to_pylist() for name in ProductFields._fields]
+    products = [labeller_product_text(ProductFields(*values), recipe.text) for values in zip(*columns, strict=True)]
+    cosine_N = baseline.pair_cosines(rows["query"].to_pylist(), products, recipe.baseline_model)
+    thresholds = baseline.fit_thresholds(cosine_N[: len(train)], grade_N[train])
+    by_cosine = baseline.threshold_grades(cosine_N[len(train) :], thresholds)
+    by_majority = baseline.majority_grades(grade_N[split_N == "train"], len(test))
+    return agreement("majority_", grade_N[test], by_majority) | agreement("cosine_", grade_N[test], by_cosine)
+
+
+def random_irrelevant(current: Run, human: pa.Table, recipe: LabellerRecipe) -> pa.Table:
+    """Pairs of train queries with random products of their data set that no person has judged, as grade 0.
+
+    A product drawn at random is irrelevant but for a small share; what a query draws depends on its key alone.
+    """
+    catalogue = labelling.read(current, CATALOG_PRODUCT, ["dataset", "product_id"])
+    products: dict[str, list[str]] = {}
+    catalogue = catalogue.sort_by([("dataset", "ascending"), ("product_id", "ascending")])
+    for dataset, product_id in zip(*(catalogue[name].to_pylist() for name in catalogue.column_names), strict=True):
+        products.setdefault(dataset, []).append(product_id)
+    train = human.filter(pc.equal(human["split"], "train"))
+    judged: dict[tuple[str, str], set[str]] = {}
+    for dataset, query_id, product_id in zip(*(train[name].to_pylist() for name in labelling.PAIR), strict=True):
+        judged.setdefault((dataset, query_id), set()).add(product_id)
+    rows: list[tuple[str, str, str, int]] = []
+    for (dataset, query_id), known in judged.items():
+        pool = products[dataset]
+        key = f"{recipe.seed}\x1f{dataset}\x1f{query_id}".encode()
+        rng = np.random.default_rng(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
+        wanted = min(recipe.random_irrelevant_per_query, len(pool))
+        drawn = [pool[index] for index in rng.choice(len(pool), wanted, replace=False)]
+        rows += [(dataset, query_id, product_id, 0) for product_id in drawn if product_id not in known]
+    fields = [*((name, pa.string()) for name in labelling.PAIR), ("grade", pa.int8())]
+    return pa.Table.from_pylist(
+        [dict(zip([*labelling.PAIR, "grade"], row, strict=True)) for row in rows], schema=pa.schema(fields)
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of the job."""
+    return job.main("tune_labeller", Config, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""The built wheel in an empty environment, and a job submitted to a Ray head."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("conf", "lake", "embeddings", "spark_etl", "ray_apps", "jobs")
+
+
+def run(command, **more):
+    """Standard output of a command that must succeed."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_no_package_is_ignored_by_git_since_ray_s_upload_honours_that():
+    files = [str(path.relative_to(ROOT)) for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
+    asked = subprocess.run(["git", "check-ignore", *files], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (asked.returncode, asked.stdout) == (1, "")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_wheel_runs_in_an_empty_environment(tmp_path):
+    """About 2 minutes, most of them installation; needs a package index."""
+    uv = shutil.which("uv", path=str(Path(sys.executable).parent))
+    run([sys.executable, "-m", "build", "--wheel", "--installer", "uv", "--outdir", str(tmp_path), str(ROOT)])
+    (wheel,) = tmp_path.glob("*.whl")
+    run([uv, "venv", str(tmp_path / "venv"), "--python", sys.executable])
+    python, assay = tmp_path / "venv" / "bin" / "python", str(tmp_path / "venv" / "bin" / "assay")
+    constraints = ["--constraints", str(ROOT / "constraints.txt")]
+    run([uv, "pip", "install", "--python", str(python), *constraints, f"assay[spark] @ file://{wheel}"])
+    lake = f"lake={tmp_path}/lake"
+    assert "assay jobs" in run([assay, "--help"], cwd="/")
+    assert "build_consensus" in run([assay, "jobs"], cwd="/")
+    small = ["recipe.num_products=100", "recipe.num_queries=20", "recipe.num_sessions=50"]
+    run([assay, "run", "simulate", "dev", lake, *small], cwd="/")
+    record = json.loads(run([assay, "run", "ingest", "dev", lake], cwd="/").splitlines()[-1])
+    assert record["counts"]["catalog_product"] == 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_job_can_be_submitted_to_a_ray_head(tmp_path):
+    """About 2 minutes."""
+    ray = str(Path(sys.executable).parent / "ray")
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        gcs, dashboard = one.getsockname()[1], two.getsockname()[1]
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    command = [ray, "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    head = subprocess.Popen(
+        [*command, "--dashboard-host=127.0.0.1", f"--temp-dir={tmp_path}/r"],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(120):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
+                    break
+            time.sleep(1)
+        small = ["recipe.num_products=100", "recipe.num_queries=20", "recipe.num_sessions=50"]
+        job = ["python", "-m", "jobs.simulate", "dev", f"lake={tmp_path}/lake", *small]
+        submitted = run([ray, "job", "submit", "--working-dir", ".", "--", *job], env=environment, cwd=ROOT)
+        assert "succeeded" in submitted
+        assert (tmp_path / "lake" / "raw" / "market" / "catalog").is_dir()
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(timeout=60)

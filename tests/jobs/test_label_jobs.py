@@ -1,0 +1,233 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from deltalake import write_deltalake
+from pyarrow import csv, parquet
+
+import ray_apps.label
+from conf.load import ConfigError, load_job
+from embeddings.guideline import load_guideline
+from embeddings.labeller import LabellerRecipe, PairEncoder, save_labeller
+from embeddings.labeller_model import build_labeller, save_weights
+from jobs import label_file, label_pairs, tune_labeller
+from lake import tables
+from lake.schemas import ANNOTATION_CONSENSUS, CANDIDATE_PAIR, CATALOG_PRODUCT, PAIR_GRADE, QUARANTINE, QUERY
+from lake.storage import Lake
+from ray_apps.cluster import RayPlacement
+from ray_apps.placements import LabelPlacement, TunePlacement
+from tests.tiny_models import tiny_bert_folder
+
+TORCH = LabelPlacement(engine="torch", part_rows=10)
+SPLITS = ("train", "train", "train", "validation", "calibration", "test")
+
+
+def put(lake: Lake, spec, rows):
+    """Writes a table that Spark owns, without starting Spark."""
+    filled = [{column.name: row.get(column.name) for column in spec.columns} for row in rows]
+    write_deltalake(lake.table(spec.name), pa.Table.from_pylist(filled, schema=spec.schema), mode="append")
+
+
+@pytest.fixture
+def shop(lake):
+    """12 queries, 10 products of which two share their texts, 48 human grades and 60 candidates."""
+    colours, kinds = ("red", "blue", "green", "black"), ("shoe", "lamp", "knife")
+    queries = [f"{colour} {kind}" for colour in colours for kind in kinds]
+    titles = [*(f"{colour} {kind} x" for colour, kind in zip(colours * 3, kinds * 4, strict=True)), "red shoe x"][-10:]
+    put(
+        lake,
+        QUERY,
+        [
+            {"dataset": "s", "query_id": f"q{n}", "text": text, "normalised": text, "query_hash": text}
+            | {"split": SPLITS[n % 6]}
+            for n, text in enumerate(queries)
+        ],
+    )
+    titles[0] = titles[1]
+    products = [
+        {"dataset": "s", "product_id": f"p{n}", "title": title, "product_hash": title} for n, title in enumerate(titles)
+    ]
+    put(lake, CATALOG_PRODUCT, products)
+    marks = [
+        {"dataset": "s", "query_id": f"q{q}", "product_id": f"p{p}", "num_marks": 1, "agreement": 1.0, "judge": "human"}
+        | {"grade": sum(word in titles[p] for word in queries[q].split())}
+        for q in range(12)
+        for p in range(4)
+    ]
+    put(lake, ANNOTATION_CONSENSUS, marks)
+    candidates = [
+        {"dataset": "s", "query_id": f"q{q}", "product_id": f"p{p}", "source": "sampled"}
+        for q in range(6)
+        for p in range(10)
+    ]
+    put(lake, CANDIDATE_PAIR, [*candidates, candidates[0] | {"source": "mined"}])
+    return lake
+
+
+@pytest.fixture
+def labeller(tmp_path):
+    recipe = LabellerRecipe(model=str(tiny_bert_folder(tmp_path / "model")), max_tokens=32)
+    encoder = PairEncoder(recipe.model, recipe, load_guideline("v1"))
+    save_weights(build_labeller(recipe, encoder, device="cpu"), encoder, tmp_path / "weights")
+    folder = str(tmp_path / "labeller")
+    save_labeller(tmp_path / "weights", folder, recipe, grade_token_ids=(), temperature=1.2, metrics={})
+    return folder
+
+
+def config_of(lake, labeller, **inputs):
+    return label_pairs.Config(lake=lake.root, inputs=label_pairs.Inputs(labeller=labeller, **inputs), placement=TORCH)
+
+
+def ledger(lake):
+    return tables.rows(lake, PAIR_GRADE).sort_by("address")
+
+
+def test_candidates_are_graded_once_per_text_and_a_second_run_starts_no_engine(shop, labeller, monkeypatch):
+    record = label_pairs.run(config_of(shop, labeller))
+
+    assert record.counts == {"candidates": 60, "without_text": 0, "reused": 0, "labelled": 54, "rejected": 0}
+    rows = ledger(shop)
+    assert len(set(rows["address"].to_pylist())) == len(rows) == 54
+    total = sum(rows[name].to_numpy() for name in ("p0", "p1", "p2"))
+    np.testing.assert_allclose(total, 1, atol=1e-9)
+
+    def never(*_):
+        raise AssertionError("an engine was started")
+
+    monkeypatch.setattr(ray_apps.label, "label_pairs", never)
+    again = label_pairs.run(config_of(shop, labeller))
+    assert again.counts["labelled"] == 0
+    assert again.counts["reused"] == 60
+    assert ledger(shop).equals(rows)
+
+
+def test_a_run_killed_between_parts_leaves_whole_parts_and_the_next_one_asks_for_the_rest_only(
+    shop, labeller, monkeypatch, tmp_path
+):
+    real, asked = ray_apps.label.label_pairs, []
+
+    def dying(pairs, folder, placement):
+        for number, part in enumerate(real(pairs, folder, placement)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield part
+
+    def counting(pairs, folder, placement):
+        asked.append(len(pairs))
+        return real(pairs, folder, placement)
+
+    monkeypatch.setattr(ray_apps.label, "label_pairs", dying)
+    with pytest.raises(KeyboardInterrupt):
+        label_pairs.run(config_of(shop, labeller))
+    assert len(ledger(shop)) == 20
+    monkeypatch.setattr(ray_apps.label, "label_pairs", counting)
+    label_pairs.run(config_of(shop, labeller))
+    assert asked == [34]
+
+    unbroken = Lake(str(tmp_path / "unbroken"))
+    for spec in (QUERY, CATALOG_PRODUCT, CANDIDATE_PAIR):
+        put(unbroken, spec, tables.rows(shop, spec).to_pylist())
+    label_pairs.run(config_of(unbroken, labeller))
+    whole, broken = ledger(unbroken), ledger(shop)
+    assert whole["address"].equals(broken["address"])
+    for name in ("p0", "p1", "p2"):
+        np.testing.assert_allclose(whole[name].to_numpy(), broken[name].to_numpy(), atol=1e-5)
+
+
+def test_answers_that_are_no_distribution_are_quarantined_and_too_many_fail_the_run(shop, labeller, monkeypatch):
+    def broken(pairs, folder, placement):
+        nan, third = float("nan"), 1 / 3
+        good = [row % 9 > 0 for row in range(len(pairs))]
+        yield pa.table(
+            {"address": pairs["address"]} | {f"p{g}": [third if ok else nan for ok in good] for g in range(3)}
+        )
+
+    monkeypatch.setattr(ray_apps.label, "label_pairs", broken)
+    with pytest.raises(ValueError, match="6 of 54 answers were no distribution"):
+        label_pairs.run(config_of(shop, labeller))
+
+    refused = tables.rows(shop, QUARANTINE)
+    assert len(refused) == 6
+    assert "title" in json.loads(refused["row"][0].as_py())
+    assert len(ledger(shop)) == 48
+
+
+def test_a_labeller_that_is_not_there_is_named(shop):
+    with pytest.raises(ConfigError, match=r"inputs.labeller='none': no such folder"):
+        label_pairs.run(config_of(shop, "none"))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_labeller_is_tuned_measured_and_kept(shop, tmp_path):
+    recipe = LabellerRecipe(
+        model=str(tiny_bert_folder(tmp_path / "model")),
+        baseline_model=str(tiny_bert_folder(tmp_path / "encoder")),
+        max_tokens=32,
+        epochs=1,
+        random_irrelevant_per_query=2,
+    )
+    placement = TunePlacement(ray=RayPlacement(address="local", num_cpus=2), threads_per_worker=1)
+
+    record = tune_labeller.run(tune_labeller.Config(lake=shop.root, recipe=recipe, placement=placement))
+
+    assert record.counts["human_pairs"] == 48
+    assert 0 < record.counts["random_pairs"] <= 12
+    for prefix in ("", "majority_", "cosine_"):
+        for name in ("accuracy", "within_1", "quadratic_weighted_kappa"):
+            assert -1 <= record.metrics[f"{prefix}{name}"] <= 1
+    folder = shop.path(record.outputs["labeller"])
+    assert label_pairs.run(config_of(shop, folder)).counts["labelled"] == 54
+
+
+def read_back(path):
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if path.suffix == ".parquet":
+        return parquet.read_table(path).to_pylist()
+    names = path.read_text(encoding="utf-8").splitlines()[0].replace('"', "").split(",")
+    options = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True)
+    return csv.read_csv(path, convert_options=options).to_pylist()
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_file_keeps_its_columns_and_gets_grades_and_reasons(lake, labeller, tmp_path, kind):
+    source, out = tmp_path / f"pairs.{kind}", tmp_path / f"out.{kind}"
+    rows = {
+        "sku": ["007", "008", "009"],
+        "query": ["red shoe", "", "x" * 10_000],
+        "title": ["red shoe, size 9", "lamp", "lamp"],
+        "brand": ["acme", None, None],
+    }
+    if kind == "csv":
+        csv.write_csv(pa.table(rows), source)
+    elif kind == "parquet":
+        parquet.write_table(pa.table(rows), source)
+    else:
+        source.write_text("".join(json.dumps(row) + "\n" for row in pa.table(rows).to_pylist()), encoding="utf-8")
+    config = load_job(
+        label_file.Config,
+        "label_file",
+        "dev",
+        [f"lake={lake.root}", f"inputs.file={source}", f"inputs.labeller={labeller}", f"out={out}"],
+    )
+
+    record = label_file.run(config)
+
+    written = read_back(out)
+    assert record.counts == {"rows": 3, "labelled": 1, "rejected": 2}
+    assert [row["sku"] for row in written] == ["007", "008", "009"]
+    assert [row["grade"] is None for row in written] == [False, True, True]
+    assert sum(float(written[0][name]) for name in ("p0", "p1", "p2")) == pytest.approx(1)
+    assert [row["reason"] for row in written] == [None, "query is empty", "query is longer than 1000 characters"]
+
+
+def test_a_file_without_a_title_ends_in_one_sentence(lake, labeller, tmp_path):
+    source = tmp_path / "pairs.csv"
+    source.write_text("query,name\nshoe,red shoe\n", encoding="utf-8")
+    inputs = label_file.Inputs(file=str(source), labeller=labeller)
+
+    with pytest.raises(ConfigError, match="column 'title' is missing; columns are query, name"):
+        label_file.run(label_file.Config(lake=lake.root, out=str(tmp_path / "out.csv"), inputs=inputs))
+    with pytest.raises(ConfigError, match="expected a name that ends in"):
+        label_file.run(label_file.Config(lake=lake.root, out="out.xls", inputs=inputs))

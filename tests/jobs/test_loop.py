@@ -1,0 +1,41 @@
+import pytest
+
+from conf.load import ConfigError, list_settings
+from jobs import loop
+from lake.storage import LakeError
+
+
+def test_the_settings_of_the_loop_are_those_promised_and_their_steps_exist(tmp_path):
+    assert list_settings("loop") == ["demo", "esci", "esci_home_depot", "home_depot", "mapped"]
+    for name in list_settings("loop"):
+        config = loop.load_config(name, ["inputs.root=.", "inputs.mapping=m.yaml", f"lake={tmp_path}"])
+        for step in loop.plan_steps(config):
+            loop._step_config(config, step)
+
+
+def test_both_data_sets_are_imported_from_their_folders():
+    steps = loop.plan_steps(loop.load_config("esci_home_depot", ["inputs.root=/data"]))
+    roots = {step.name: step.fixed["inputs"]["root"] for step in steps if step.job == "import_dataset"}
+    assert roots == {"import_esci": "/data/esci", "import_home_depot": "/data/home_depot"}
+
+
+def test_a_wrong_setting_of_the_last_step_stops_before_the_first(tmp_path):
+    config = loop.load_config("demo", [f"lake={tmp_path}/lake", "steps.report.recipe.num_worst_querys=1"])
+    with pytest.raises(ConfigError, match=r"steps\.report: unknown key .* did you mean 'recipe\.num_worst_queries'"):
+        loop.run(config)
+    assert not (tmp_path / "lake" / "raw").exists()
+
+
+def test_seed_and_determinism_reach_both_trainings():
+    config = loop.load_config("demo", ["seed=5", "deterministic=true"])
+    by_name = {step.name: loop._step_config(config, step).recipe for step in loop.plan_steps(config)}
+    assert (by_name["tune_labeller"].seed, by_name["tune_labeller"].deterministic) == (5, True)
+    for name, stage in (("train_stage1", 1), ("train_stage2", 2)):
+        train = by_name[name].train
+        assert (train.seed, train.deterministic, train.stage) == (5, True, stage)
+
+
+def test_a_lake_that_cannot_be_written_is_said_at_once(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LakeError, match="cannot write there"):
+        loop.run(loop.load_config("demo", [f"lake={tmp_path}/file/lake"]))

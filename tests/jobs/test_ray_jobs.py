@@ -1,0 +1,236 @@
+"""The Ray jobs in their order on a small lake: train, mine, train again, measure, search."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from deltalake import write_deltalake
+
+from conf.load import ConfigError, load_job
+from embeddings.batches import BatchRecipe
+from embeddings.mining import MiningRecipe
+from embeddings.recipes import EncoderRecipe, TrainRecipe
+from embeddings.text import TextRecipe
+from jobs import embed_catalog, evaluate_retrieval, mine_hard_pairs, search, train_encoder
+from lake import tables
+from lake.schemas import (
+    ANNOTATION_CONSENSUS,
+    CATALOG_PRODUCT,
+    EMBEDDING_MANIFEST,
+    EVALUATION,
+    EVALUATION_PAIR,
+    EVALUATION_QUERY,
+    MINED_PAIR,
+    QUERY,
+    TRAINING_INSTANCE,
+)
+from lake.storage import Lake
+from ray_apps.cluster import RayPlacement
+from tests.tiny_models import tiny_bert_folder
+
+COLOURS, THINGS = ("red", "blue", "green", "black"), ("lamp", "hose", "shoe", "drill", "sofa", "kettle", "paint")
+SPLITS = ("train", "train", "train", "validation", "calibration", "test", "test")
+RAY = RayPlacement(address="local", num_cpus=2)
+EMBED = embed_catalog.EmbedPlacement(ray=RAY, threads_per_worker=1)
+
+
+def products():
+    rows = [
+        (f"p{at:02d}", f"{colour} {thing}") for at, (colour, thing) in enumerate(itertools.product(COLOURS, THINGS))
+    ]
+    return [*rows, ("p98", "red lamp"), ("p99", "stone")]  # p98 is p00 once more
+
+
+def grade(query, title):
+    same = len(set(query.split()) & set(title.split()))
+    return 2 if same == 2 else 1 if query.split()[1] in title else 0
+
+
+def fill(lake):
+    queries = [
+        (f"q{at:02d}", f"{colour} {thing}", SPLITS[at % len(SPLITS)])
+        for at, (colour, thing) in enumerate(itertools.product(COLOURS, THINGS))
+    ]
+    judged = {
+        (query_id, text): {p: grade(text, title) for p, title in products() if p not in ("p98", "p99")}
+        for query_id, text, _ in queries
+    }
+    consensus = [
+        {
+            "query_id": query_id,
+            "product_id": product,
+            "grade": given,
+            "num_marks": 1,
+            "agreement": 1.0,
+            "judge": "human",
+        }
+        for (query_id, _), grades in judged.items()
+        for product, given in list(grades.items())[::2] + [item for item in grades.items() if item[1] == 2]
+    ]
+    consensus = list({(row["query_id"], row["product_id"]): row for row in consensus}.values())
+    instances = [
+        {
+            "stage": stage,
+            "query_id": query_id,
+            "query": text,
+            "product_ids": [row["product_id"] for row in consensus if row["query_id"] == query_id][:8],
+        }
+        for stage in (1, 2)
+        for query_id, text, split in queries
+        if split == "train"
+    ]
+    for row in instances:
+        row["grades"] = [judged[row["query_id"], row["query"]][product] for product in row["product_ids"]]
+        row["sources"] = ["human"] * len(row["grades"])
+    catalog = [{"product_id": p, "title": title, "product_hash": f"hash of {title}"} for p, title in products()]
+    texts = [
+        {"query_id": q, "text": text, "normalised": text, "query_hash": text, "split": split}
+        for q, text, split in queries
+    ]
+    written = {CATALOG_PRODUCT: catalog, QUERY: texts, ANNOTATION_CONSENSUS: consensus, TRAINING_INSTANCE: instances}
+    for spec, rows in written.items():
+        data = pa.Table.from_pylist([{"dataset": "toy"} | row for row in rows], schema=spec.schema)
+        write_deltalake(lake.table(spec.name), data)
+
+
+@pytest.fixture(scope="module")
+def chain(ray_cluster, tmp_path_factory):
+    """The lake after all jobs, and the record of each."""
+    place = tmp_path_factory.mktemp("chain")
+    lake = Lake(str(place / "lake"))
+    fill(lake)
+    truth = [{"query_id": "q05", "product_id": "p99", "grade": 2}]
+    (place / "lake" / "truth" / "toy").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(truth), lake.path("truth", "toy", "pair_grade.parquet"))
+    recipe = train_encoder.EncoderTrainingRecipe(
+        encoder=EncoderRecipe(model=str(tiny_bert_folder(place / "bert"))),
+        text=TextRecipe(clauses=("{title}",)),
+        train=TrainRecipe(max_steps=4, learning_rate=1e-3, batch=BatchRecipe(queries_per_step=4)),
+    )
+    placement = train_encoder.Placement(ray=RAY, threads_per_worker=1)
+    base = train_encoder.Config(lake=lake.root, recipe=recipe, placement=placement)
+    records = {"stage1": train_encoder.run(base)}
+    stage1 = records["stage1"].outputs["encoder"]
+    mining = mine_hard_pairs.Config(
+        lake=lake.root,
+        inputs=mine_hard_pairs.Inputs(model=stage1),
+        recipe=mine_hard_pairs.HardPairRecipe(
+            mining=MiningRecipe(depth=10, max_hard_negatives_per_query=2, max_hard_positives_per_query=3)
+        ),
+        placement=mine_hard_pairs.Placement(embed=EMBED),
+    )
+    records["mined"] = mine_hard_pairs.run(mining)
+    second = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, stage=2))
+    records["stage2"] = train_encoder.run(
+        dataclasses.replace(base, inputs=train_encoder.Inputs(model=stage1), recipe=second)
+    )
+    records["evaluated"] = evaluate_retrieval.run(
+        evaluate_retrieval.Config(
+            lake=lake.root,
+            inputs=evaluate_retrieval.Inputs(
+                pretrained=records["stage1"].outputs["pretrained"],
+                stage1=stage1,
+                stage2=records["stage2"].outputs["encoder"],
+            ),
+            placement=evaluate_retrieval.Placement(embed=EMBED),
+        )
+    )
+    return lake, records
+
+
+def test_training_leaves_encoders_and_no_checkpoints(chain):
+    lake, records = chain
+    assert set(records["stage1"].outputs) == {"encoder", "pretrained"}
+    assert set(records["stage2"].outputs) == {"encoder"}
+    assert {"validation_ndcg@10", "validation_ndcg@10_start", "best_step"} <= set(records["stage2"].metrics)
+    assert records["stage1"].counts == {"instances": 12, "validation_queries": 4}
+    for name in ("stage1", "stage2"):
+        assert not Path(lake.path("runs", records[name].fingerprint)).exists()
+
+
+def test_mined_pairs_are_ungraded_unique_and_in_their_band(chain):
+    lake, records = chain
+    rows = tables.rows(lake, MINED_PAIR).to_pylist()
+    known = {
+        (row["query_id"], product)
+        for row in tables.rows(lake, TRAINING_INSTANCE).to_pylist()
+        for product in row["product_ids"]
+    }
+    assert rows
+    assert records["mined"].rows == len(rows)
+    assert not known & {(row["query_id"], row["product_id"]) for row in rows}
+    assert all((row["rank"] <= 5) == (row["band"] == "top") for row in rows)
+    assert "p98" not in {row["product_id"] for row in rows}  # the same text as p00
+    train = {row["query_id"] for row in tables.rows(lake, QUERY).to_pylist() if row["split"] == "train"}
+    assert {row["query_id"] for row in rows} <= train
+
+
+def test_manifest_names_every_shard_file_once(chain):
+    lake, _ = chain
+    rows = tables.rows(lake, EMBEDDING_MANIFEST).to_pylist()
+    assert len(rows) == 3  # pretrained, stage 1, stage 2
+    for row in rows:
+        vectors = np.load(lake.path(row["path"]))
+        assert vectors.shape == (row["num_rows"], row["width"]) == (30, 32)
+
+
+def test_evaluation_has_a_row_per_model_with_gains(chain):
+    lake, records = chain
+    rows = {row["model"]: row for row in tables.rows(lake, EVALUATION).to_pylist()}
+    assert set(rows) == {"pretrained", "stage1", "stage2"}
+    for row in rows.values():
+        assert (row["num_queries"], row["num_queries_left_out"], row["num_products"]) == (8, 0, 30)
+        assert {"ndcg@10", "judged_ndcg@10", "auc_2v1", "threshold_1", "truth_ndcg@10"} <= set(dict(row["metrics"]))
+    gained, before = dict(rows["stage2"]["gain_over_pretrained"]), dict(rows["pretrained"]["metrics"])
+    assert gained["ndcg@10"] == pytest.approx(dict(rows["stage2"]["metrics"])["ndcg@10"] - before["ndcg@10"])
+    assert gained["auc_1v0"] == pytest.approx(dict(rows["stage2"]["metrics"])["auc_1v0"] - before["auc_1v0"])
+    assert not dict(rows["pretrained"]["gain_low"])
+    assert "ndcg@10_over_stage1" in dict(rows["stage2"]["metrics"])
+    queries = tables.rows(lake, EVALUATION_QUERY).to_pylist()
+    assert len(queries) == 24
+    assert all(len(row["top_product_ids"]) == 10 for row in queries)
+    assert len(tables.rows(lake, EVALUATION_PAIR)) == 3 * rows["stage1"]["num_pairs"]
+    assert records["evaluated"].outputs["evaluation"] == str(tables.version(lake, EVALUATION))
+
+
+def test_search_ranks_by_score_with_bands_of_the_evaluation(chain):
+    lake, _ = chain
+    config = search.Config(lake=lake.root, query="red lamp", placement=EMBED)
+    hits = search.search(config)
+    assert len(hits) == 10
+    assert [hit["score"] for hit in hits] == sorted((hit["score"] for hit in hits), reverse=True)
+    metrics = next(
+        dict(row["metrics"]) for row in tables.rows(lake, EVALUATION).to_pylist() if row["model"] == "stage2"
+    )
+    for hit in hits:
+        assert hit["grade"] == (hit["score"] >= metrics["threshold_1"]) + (hit["score"] >= metrics["threshold_2"])
+    assert {"dataset", "product_id", "title", "brand", "score", "grade"} == set(hits[0])
+
+
+@pytest.mark.parametrize("query", ["", "  ", "x" * 1001])
+def test_search_refuses_what_is_no_query(tmp_path, query):
+    with pytest.raises(ValueError, match=r"^search: .*;"):
+        search.search(search.Config(lake=str(tmp_path), query=query))
+
+
+@pytest.mark.parametrize("name", ["train_encoder", "embed_catalog", "mine_hard_pairs", "evaluate_retrieval", "search"])
+def test_every_setting_is_valid(name):
+    module = {
+        "train_encoder": train_encoder,
+        "embed_catalog": embed_catalog,
+        "mine_hard_pairs": mine_hard_pairs,
+        "evaluate_retrieval": evaluate_retrieval,
+        "search": search,
+    }[name]
+    for setting in ("dev", "nightly", *(["mapped"] if name == "evaluate_retrieval" else [])):
+        assert load_job(module.Config, name, setting).lake
+
+
+def test_a_missing_encoder_is_named(chain):
+    lake, _ = chain
+    with pytest.raises(ConfigError, match=r"inputs\.model='nowhere'"):
+        embed_catalog.run(embed_catalog.Config(lake=lake.root, inputs=embed_catalog.Inputs(model="nowhere")))
