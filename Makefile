@@ -17,7 +17,9 @@ install: .venv/.installed  ## make .venv and install everything into it
 .venv/.installed: pyproject.toml constraints.txt overrides.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --python $(BIN)/python --constraints constraints.txt --overrides overrides.txt --editable '.[$(EXTRAS)]'
+	@# compiled here, since where PYTHONDONTWRITEBYTECODE is set every process would compile vLLM and torch anew: 15 s
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraints constraints.txt \
+	  --overrides overrides.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
 demo: install  ## run the whole loop on a generated marketplace

@@ -7,18 +7,22 @@ nothing on short texts) and with one process besides its actor instead of two (e
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import ray
 from numpy.typing import NDArray
+from ray.exceptions import RayActorError, RayTaskError
 
+from conf.load import ConfigError
 from embeddings.labeller import LabellerCard, PairEncoder, calibrated, load_labeller_card, load_pair_encoder, violations
 from ray_apps.cluster import check_resources, connect, quiet_data
 from ray_apps.placements import LabelPlacement
@@ -26,6 +30,10 @@ from ray_apps.placements import LabelPlacement
 log = logging.getLogger(__name__)
 
 NO_ANSWER = (float("nan"),) * 3
+ENGINE_STAGE = "vLLMEngineStage"
+CPU_HEAD_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Attention heads that vLLM 0.32 computes on a processor (its CPU_ATTN backend). It starts with others as well, and
+dies at the first pair."""
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -83,7 +91,24 @@ def _torch_answers(pairs: pa.Table, folder: str, card: LabellerCard, placement: 
         yield part["address"].to_pylist(), plain_probabilities(model, encoder.encode_rows(part)).astype(np.float64)
 
 
+def check_servable(folder: str, placement: LabelPlacement) -> None:
+    """Refuses a labeller that vLLM would start with and then die of.
+
+    Raises:
+        ConfigError: the engine is on a processor, and the model's attention heads have a width it cannot compute.
+    """
+    config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    heads = config.get("num_attention_heads")
+    width = config.get("head_dim") or (config.get("hidden_size", 0) // heads if heads else None)
+    if not placement.use_gpu and width and width not in CPU_HEAD_WIDTHS:
+        raise ConfigError(
+            f"labeller={folder}: its attention heads are {width} wide, vLLM on a processor computes "
+            f"{', '.join(map(str, CPU_HEAD_WIDTHS))}; give placement.engine=torch, or tune another backbone"
+        )
+
+
 def _vllm_answers(pairs: pa.Table, folder: str, card: LabellerCard, placement: LabelPlacement) -> Answers:
+    check_servable(folder, placement)
     connect(placement.ray)
     check_resources(placement.num_engines + 1, placement.num_engines * placement.use_gpu)
     quiet_data()
@@ -93,8 +118,19 @@ def _vllm_answers(pairs: pa.Table, folder: str, card: LabellerCard, placement: L
         _encode, fn_kwargs={"folder": folder}, batch_format="pyarrow", batch_size=size
     )
     processor = _processor(folder, card, placement)
-    for batch in processor(encoded).iter_batches(batch_size=placement.part_rows, batch_format="pyarrow"):
-        yield batch["address"].to_pylist(), np.array(batch["probability"].to_pylist(), dtype=np.float64).reshape(-1, 3)
+    try:
+        for batch in processor(encoded).iter_batches(batch_size=placement.part_rows, batch_format="pyarrow"):
+            probability_N3 = np.array(batch["probability"].to_pylist(), dtype=np.float64).reshape(-1, 3)
+            yield batch["address"].to_pylist(), probability_N3
+    except (RayActorError, RayTaskError) as error:
+        died = error if isinstance(error, RayActorError) else error.cause
+        if not isinstance(died, RayActorError):
+            raise
+        raise RuntimeError(
+            f"label_pairs: the vLLM engine died and was started again {placement.max_engine_restarts} times "
+            "(placement.max_engine_restarts); its log is among worker-*.out in Ray's session folder, "
+            "and placement.engine=torch grades without it"
+        ) from error
 
 
 def _processor(folder: str, card: LabellerCard, placement: LabelPlacement) -> Any:
@@ -103,11 +139,14 @@ def _processor(folder: str, card: LabellerCard, placement: LabelPlacement) -> An
         warnings.simplefilter("ignore")
         from ray.data.llm import build_processor
 
-        return build_processor(
+        processor = build_processor(
             _engine_config(folder, card, placement),
             preprocess=partial(_request, grade_token_ids=card.grade_token_ids),
             postprocess=partial(_answer, grade_token_ids=card.grade_token_ids),
         )
+    # Ray Data starts a dead actor again for ever and has no setting for it: a model that kills its engine would hang.
+    processor.get_stage_by_name(ENGINE_STAGE).map_batches_kwargs["max_restarts"] = placement.max_engine_restarts
+    return processor
 
 
 def _engine_config(folder: str, card: LabellerCard, placement: LabelPlacement) -> Any:

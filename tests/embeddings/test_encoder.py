@@ -92,7 +92,7 @@ def test_vectors_come_in_input_order_whatever_the_batches(recipe):
         assert vectors.dtype == np.float32
         np.testing.assert_allclose(vectors, one_by_one, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(one_by_one, axis=1), 1.0, atol=1e-6)
-    assert encode(model, [], "query").shape == (0, 32)
+    assert encode(model, [], "query").shape == (0, 64)
 
 
 def test_bf16_vectors_stay_close_and_normalised(recipe):

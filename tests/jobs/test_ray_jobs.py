@@ -175,7 +175,7 @@ def test_manifest_names_every_shard_file_once(chain):
     assert len(rows) == 3  # pretrained, stage 1, stage 2
     for row in rows:
         vectors = np.load(lake.path(row["path"]))
-        assert vectors.shape == (row["num_rows"], row["width"]) == (30, 32)
+        assert vectors.shape == (row["num_rows"], row["width"]) == (30, 64)
 
 
 def test_evaluation_has_a_row_per_model_with_gains(chain):

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from conf.load import ConfigError
 from embeddings.guideline import load_guideline
 from embeddings.labeller import LabellerRecipe, PairEncoder, save_labeller
 from embeddings.labeller_model import build_labeller, save_weights
@@ -15,9 +16,9 @@ from tests.tiny_models import tiny_bert_folder, tiny_causal_lm_folder, tiny_guid
 RAY = RayPlacement(address="local", num_cpus=2)
 
 
-def labeller_folder(tmp_path, kind):
+def labeller_folder(tmp_path, kind, *, width=64):
     model = (
-        tiny_bert_folder(tmp_path / "model", width=64)
+        tiny_bert_folder(tmp_path / "model", width=width)
         if kind == "classifier"
         else tiny_causal_lm_folder(tmp_path / "model")
     )
@@ -75,3 +76,15 @@ def test_auto_takes_the_engine_where_its_start_pays():
     placement = LabelPlacement(engine="auto", vllm_from_pairs=100)
 
     assert [chosen_engine(placement, number) for number in (99, 100)] == ["torch", "vllm"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_engine_that_keeps_dying_ends_in_one_sentence(tmp_path, monkeypatch):
+    folder = labeller_folder(tmp_path, "classifier", width=32)  # heads of 16
+    pairs = pa.table({"address": ["a"], "query": ["red shoe"], "title": ["shoe"]})
+    placement = LabelPlacement(ray=RAY, max_engine_restarts=0)
+    with pytest.raises(ConfigError, match=r"heads are 16 wide, .* placement\.engine=torch"):
+        list(label_pairs(pairs, folder, placement))
+    monkeypatch.setattr("ray_apps.label.check_servable", lambda *_: None)
+    with pytest.raises(RuntimeError, match="the vLLM engine died"):
+        list(label_pairs(pairs, folder, placement))
