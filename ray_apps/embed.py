@@ -153,7 +153,8 @@ class _PartEncoder:
         self._loaded: tuple[str, Any, Any] | None = None
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        from embeddings.encoder import encode, has_fast_bf16
+        from embeddings.backbone import has_fast_bf16
+        from embeddings.encoder import encode
 
         folder, side, path, num_rows = self._parts[block["part"][0].as_py()]
         if block.num_rows != num_rows:

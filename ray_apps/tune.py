@@ -24,7 +24,7 @@ from ray import train
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
-from embeddings.encoder import resolve_model
+from embeddings.backbone import resolve_model
 from embeddings.guideline import load_guideline
 from embeddings.labeller import LabellerRecipe, PairEncoder
 from embeddings.labeller_model import LabellerTrainer, build_labeller, plain_probabilities, save_weights

