@@ -36,7 +36,7 @@ class BatchRecipe:
     ] = 16
     share_irrelevant: Annotated[
         float, meaning("aimed share of grade 0 in a draw; other grades fill what is missing", ge=0, le=1)
-    ] = 0.5
+    ] = 0.65
 
 
 @dataclass(frozen=True)

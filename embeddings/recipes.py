@@ -75,7 +75,8 @@ class TrainRecipe:
     gradient_clip: Annotated[float, meaning("longest gradient", "L2 norm", gt=0)] = 1.0
     temperature: Annotated[
         float, meaning("of supcon at the start; learned", ge=TEMPERATURE_BOUNDS[0], le=TEMPERATURE_BOUNDS[1])
-    ] = 0.05
+    ] = 0.2
+    """Below 0.1 the softmax inside an instance pulls all its products up together (docs/decisions/005)."""
     margins: Annotated[GradeMargins, meaning("bands of the circle loss")] = GradeMargins()
     batch: Annotated[BatchRecipe, meaning("size and make-up of a step")] = BatchRecipe()
     precision: Annotated[

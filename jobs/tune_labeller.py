@@ -25,8 +25,8 @@ from ray_apps.placements import TunePlacement
 
 log = logging.getLogger(__name__)
 
-MAX_BASELINE_PAIRS = 4000
-"""Train pairs that the cosine's two thresholds are fitted on; more move them by less than a quantile."""
+MAX_BASELINE_PAIRS = 1000
+"""Train pairs that the two thresholds of the cosine are fitted on; more hardly move them and take a minute to encode."""
 
 
 @settings

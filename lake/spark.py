@@ -16,11 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import pyarrow as pa
-
 from conf.load import meaning, settings
 from lake import tables
-from lake.schemas import TABLES, Column, TableSpec, check_schema
+from lake.schemas import TABLES, TableSpec, check_schema
 from lake.storage import Lake, LakeError
 
 if TYPE_CHECKING:
@@ -172,32 +170,6 @@ def _trimmed_java_home(runtime: Path) -> str:
     return str(home)
 
 
-def create(spark: SparkSession, lake: Lake, spec: TableSpec) -> None:
-    """Makes a Spark-written table from its specification where it does not exist yet."""
-    tables.check_writer(spec, "spark")
-    place = f"delta.`{lake.table(spec.name)}`"
-    if not tables.exists(lake, spec):
-        lake.check_writable()
-        _create(spark, spec, place)
-    # Delta takes checks only after the table is there; a crash in between is made good here.
-    for name, condition in tables.missing_checks(lake, spec):
-        spark.sql(f"ALTER TABLE {place} ADD CONSTRAINT {name} CHECK ({condition})")
-
-
-def _create(spark: SparkSession, spec: TableSpec, place: str) -> None:
-    columns = ", ".join(_column_ddl(column) for column in spec.columns)
-    partition = f"PARTITIONED BY ({', '.join(spec.partition_by)})" if spec.partition_by else ""
-    spark.sql(
-        f"CREATE TABLE IF NOT EXISTS {place} ({columns}) USING delta {partition} "
-        "TBLPROPERTIES ('delta.enableDeletionVectors' = 'false')"
-    )
-
-
-def _column_ddl(column: Column) -> str:
-    comment = column.meaning.replace("'", "\u2019")
-    return f"`{column.name}` {ddl_type(column.type)}{'' if column.nullable else ' NOT NULL'} COMMENT '{comment}'"
-
-
 def rows(spark: SparkSession, lake: Lake, spec: TableSpec, *, version: int | None = None) -> DataFrame:
     """A table at a version (None: newest) as a frame.
 
@@ -237,7 +209,7 @@ def replace(spark: SparkSession, lake: Lake, spec: TableSpec, frame: DataFrame, 
 
     tables.check_writer(spec, "spark")
     check_schema(spec, to_arrow_schema(frame.schema, timezone="UTC"))
-    create(spark, lake, spec)
+    tables.create(lake, spec)
     writer = frame.select(*spec.column_names).write.format("delta").mode("overwrite").option("userMetadata", run_id)
     if where:
         writer = writer.option("replaceWhere", where)
@@ -246,18 +218,3 @@ def replace(spark: SparkSession, lake: Lake, spec: TableSpec, frame: DataFrame, 
     if written is None:
         raise LakeError(f"{spec.name}: nothing was written to lake={lake.root}; look at Spark's log")
     return written
-
-
-def ddl_type(kind: pa.DataType) -> str:
-    """Spark's name of an Arrow type."""
-    names = {
-        pa.string(): "STRING",
-        pa.int8(): "TINYINT",
-        pa.int32(): "INT",
-        pa.int64(): "BIGINT",
-        pa.float64(): "DOUBLE",
-        pa.timestamp("us", tz="UTC"): "TIMESTAMP",
-    }
-    if pa.types.is_list(kind):
-        return f"ARRAY<{ddl_type(kind.value_type)}>"
-    return names[kind]

@@ -7,6 +7,7 @@ checkpoint; every worker computes its share of the same steps, so the number of 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -164,13 +165,13 @@ class _TuneRun:
         self.best = state["best"]
 
     def train(self, validation: list[list[int]], grade_N: NDArray[np.int8]) -> None:
-        """Steps to the end, with a validation after every epoch."""
+        """Steps to the end, with a validation after every epoch and at the end."""
         trainer, loss = self.trainer, 0.0
         self.started = time.monotonic()
         while trainer.step < trainer.num_steps:
             loss += trainer.train_step()
             self.seen += trainer.recipe.batch_size
-            if trainer.step % trainer.steps_per_epoch == 0:
+            if trainer.step % trainer.steps_per_epoch == 0 or trainer.step == trainer.num_steps:
                 self._validate(validation, grade_N)
             if time.monotonic() - self.told > TELL_EVERY_SEC and self.is_first:
                 self.told = time.monotonic()
@@ -207,7 +208,7 @@ class _TuneRun:
 
     def _validate(self, validation: list[list[int]], grade_N: NDArray[np.int8]) -> None:
         trainer = self.trainer
-        epoch = trainer.step // trainer.steps_per_epoch
+        epoch = math.ceil(trainer.step / trainer.steps_per_epoch)
         if not self.is_first:
             return
         kappa = self.best["kappa"]

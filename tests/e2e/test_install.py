@@ -8,9 +8,15 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from jobs.cli import JOBS
+from lake import runs, tables
+from lake.schemas import PAIR_GRADE, RUN_RECORD
+from lake.storage import Lake
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("conf", "lake", "embeddings", "spark_etl", "ray_apps", "jobs")
@@ -21,6 +27,16 @@ def run(command, **more):
     done = subprocess.run(command, capture_output=True, text=True, check=False, **more)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def entry_points():
+    """Name -> target of every command that the wheel brings, of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+
+
+def test_every_job_is_a_command_of_the_wheel():
+    jobs = {f"assay-{name.replace('_', '-')}": f"jobs.{name}:main" for name in JOBS}
+    assert entry_points() == {"assay": "jobs.cli:main"} | jobs
 
 
 def test_no_package_is_ignored_by_git_since_ray_s_upload_honours_that():
@@ -43,16 +59,17 @@ def test_the_wheel_runs_in_an_empty_environment(tmp_path):
     lake = f"lake={tmp_path}/lake"
     assert "assay jobs" in run([assay, "--help"], cwd="/")
     assert "build_consensus" in run([assay, "jobs"], cwd="/")
+    for name in entry_points():
+        assert "lake=" in run([str(tmp_path / "venv" / "bin" / name), "--help"], cwd="/")
     small = ["recipe.num_products=100", "recipe.num_queries=20", "recipe.num_sessions=50"]
     run([assay, "run", "simulate", "dev", lake, *small], cwd="/")
     record = json.loads(run([assay, "run", "ingest", "dev", lake], cwd="/").splitlines()[-1])
     assert record["counts"]["catalog_product"] == 100
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_job_can_be_submitted_to_a_ray_head(tmp_path):
-    """About 2 minutes."""
+@pytest.fixture
+def ray_head(tmp_path):
+    """Environment in which commands talk to a Ray head of two CPUs."""
     ray = str(Path(sys.executable).parent / "ray")
     with socket.socket() as one, socket.socket() as two:
         one.bind(("127.0.0.1", 0))
@@ -67,17 +84,33 @@ def test_a_job_can_be_submitted_to_a_ray_head(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    try:
-        for _ in range(120):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
-                    break
-            time.sleep(1)
-        small = ["recipe.num_products=100", "recipe.num_queries=20", "recipe.num_sessions=50"]
-        job = ["python", "-m", "jobs.simulate", "dev", f"lake={tmp_path}/lake", *small]
-        submitted = run([ray, "job", "submit", "--working-dir", ".", "--", *job], env=environment, cwd=ROOT)
-        assert "succeeded" in submitted
-        assert (tmp_path / "lake" / "raw" / "market" / "catalog").is_dir()
-    finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        head.wait(timeout=60)
+    for _ in range(120):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
+                break
+        time.sleep(1)
+    yield environment
+    os.killpg(head.pid, signal.SIGTERM)
+    head.wait(timeout=60)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_label_pairs_can_be_submitted_to_a_ray_head(finished, ray_head, tmp_path):
+    """About 3 minutes besides the loop: the labeller's pairs graded again, from an empty ledger."""
+    whole, copy = finished[0], Lake(str(tmp_path / "lake"))
+    ignored = shutil.ignore_patterns(PAIR_GRADE.name, RUN_RECORD.name, "runs", "vectors")
+    shutil.copytree(whole.path(), copy.path(), ignore=ignored)
+    labeller = runs.newest(whole, "tune_labeller").outputs["labeller"]
+    job = ["python", "-m", "jobs.label_pairs", "dev", f"lake={copy.path()}", f"inputs.labeller={labeller}"]
+    ray = str(Path(sys.executable).parent / "ray")
+    submitted = run([ray, "job", "submit", "--working-dir", ".", "--", *job], env=ray_head, cwd=ROOT)
+    assert "succeeded" in submitted
+    first, second = (
+        {row["address"]: row for row in tables.rows(lake, PAIR_GRADE).to_pylist()} for lake in (whole, copy)
+    )
+    assert first.keys() == second.keys()
+    for address, row in first.items():
+        assert [second[address][name] for name in ("p0", "p1", "p2")] == pytest.approx(
+            [row[name] for name in ("p0", "p1", "p2")], abs=1e-3
+        )

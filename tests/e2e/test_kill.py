@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lake import runs, tables
 from lake.schemas import PAIR_GRADE
 from lake.storage import Lake
-from tests.e2e.test_loop import small_loop
+from tests.e2e.conftest import small_loop
 from tests.tiny_models import tiny_bert_folder
 
 PARTS = ["steps.label_sampled.placement.part_rows=50", "steps.label_sampled.placement.batch_rows=25"]

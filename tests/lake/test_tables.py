@@ -75,7 +75,15 @@ def test_rows_that_repeat_the_key_are_refused(lake):
 
 def test_only_the_owner_writes_a_table(lake):
     with pytest.raises(ValueError, match="candidate_pair: is written by spark only"):
-        tables.create(lake, CANDIDATE_PAIR)
+        tables.append_once(lake, CANDIDATE_PAIR, CANDIDATE_PAIR.schema.empty_table(), run_id="r", part="0")
+
+
+def test_a_table_carries_its_meanings_and_checks_whichever_engine_writes_it(lake):
+    for spec in (CANDIDATE_PAIR, PAIR_GRADE):
+        table = tables.create(lake, spec)
+        comments = {field.name: field.metadata["comment"] for field in table.schema().fields}
+        assert comments == {column.name: column.meaning for column in spec.columns}
+        assert {f"delta.constraints.{name}" for name, _ in spec.checks} <= set(table.metadata().configuration)
 
 
 def test_a_missing_table_says_what_to_do(lake):

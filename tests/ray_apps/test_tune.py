@@ -37,14 +37,14 @@ def test_a_run_that_goes_on_from_its_checkpoint_ends_like_an_unbroken_one(tmp_pa
         model=str(tiny_bert_folder(tmp_path / "model")),
         max_tokens=32,
         batch_size=8,
-        epochs=2,
+        epochs=1.5,
         learning_rate=3e-3,
         deterministic=True,
     )
     pairs, storage = graded_pairs(), str(tmp_path / "runs")
     whole = tune_labeller(pairs, recipe, PLACEMENT, storage=storage, name="whole")
 
-    # what a start leaves that was killed after its second step of six, while Train wrote its snapshot
+    # what a start leaves that was killed after its second step of five, while Train wrote its snapshot
     encoder = PairEncoder(recipe.model, recipe, load_guideline("v1"))
     train = pairs.slice(0, 24)
     model = build_labeller(recipe, encoder, device="cpu")
