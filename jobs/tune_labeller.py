@@ -26,7 +26,7 @@ from ray_apps.placements import TunePlacement
 log = logging.getLogger(__name__)
 
 MAX_BASELINE_PAIRS = 1000
-"""Train pairs that the two thresholds of the cosine are fitted on; more hardly move them and take a minute to encode."""
+"""Train pairs that the two thresholds of the cosine are fitted on; more hardly move them, and take a minute."""
 
 
 @settings

@@ -71,13 +71,16 @@ def session(placement: SparkPlacement) -> SparkSession:
     if placement.engine == "connect":
         if not placement.connect_url:
             raise LakeError("placement.spark.connect_url is empty; give placement.spark.connect_url=sc://HOST:PORT")
-        return SparkSession.builder.remote(placement.connect_url).getOrCreate()
+        remote = SparkSession.builder.remote(placement.connect_url).getOrCreate()
+        for key, value in _session_options(placement).items():
+            remote.conf.set(key, value)
+        return remote
     running = SparkSession.getActiveSession()
     if running is not None:
         return running
     os.environ["JAVA_HOME"] = java_home()
     builder = SparkSession.builder.appName("assay").master(f"local[{placement.num_cores}]")
-    for key, value in _local_options(placement).items():
+    for key, value in local_options(placement).items():
         builder = builder.config(key, value)
     try:
         spark = builder.getOrCreate()
@@ -87,7 +90,16 @@ def session(placement: SparkPlacement) -> SparkSession:
     return spark
 
 
-def _local_options(placement: SparkPlacement) -> dict[str, str]:
+def _session_options(placement: SparkPlacement) -> dict[str, str]:
+    """What both engines need and a running server lets a session choose."""
+    return {
+        "spark.sql.session.timeZone": "UTC",
+        "spark.sql.shuffle.partitions": str(placement.num_shuffle_partitions),
+    }
+
+
+def local_options(placement: SparkPlacement) -> dict[str, str]:
+    """All options of a local session with Delta, jars included."""
     options = {
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
@@ -96,14 +108,13 @@ def _local_options(placement: SparkPlacement) -> dict[str, str]:
         "spark.driver.host": "127.0.0.1",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
-        "spark.sql.session.timeZone": "UTC",
-        "spark.sql.shuffle.partitions": str(placement.num_shuffle_partitions),
         # A small MERGE took 14 s on two cores with the default of 50.
         "spark.databricks.delta.snapshotPartitions": "2",
         "spark.databricks.delta.properties.defaults.enableDeletionVectors": "false",
         "spark.jars.ivy": str(jar_folder()),
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         "spark.sql.warehouse.dir": str(cache_folder() / "warehouse"),
+        **_session_options(placement),
     }
     kept = [jar_folder() / "jars" / name for name in DELTA_JARS]
     if all(path.is_file() for path in kept):

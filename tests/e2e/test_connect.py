@@ -1,0 +1,77 @@
+"""The Spark jobs through a Spark Connect server: the second engine, with the same code."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lake import tables
+from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, ENGAGEMENT
+from lake.storage import Lake
+
+SERVER = """
+import sys, time
+from pyspark.sql import SparkSession
+from lake.spark import SparkPlacement, java_home, local_options
+import os
+os.environ["JAVA_HOME"] = java_home()
+builder = SparkSession.builder.master("local[2]").config("spark.connect.grpc.binding.port", sys.argv[1])
+builder = builder.config("spark.plugins", "org.apache.spark.sql.connect.SparkConnectPlugin")
+for key, value in local_options(SparkPlacement(driver_memory_gib=2)).items():
+    builder = builder.config(key, value)
+builder.getOrCreate()
+time.sleep(3600)
+"""
+
+
+@pytest.fixture
+def connect_url():
+    """URL of a Spark Connect server with Delta."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", SERVER, str(port)]
+    server = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(120):
+        assert server.poll() is None, "the Spark Connect server ended"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(1)
+    yield f"sc://127.0.0.1:{port}"
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def assay(*words):
+    """The record of a job run by the command line in a process of its own."""
+    command = [sys.executable, "-m", "jobs.cli", "run", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_both_engines_write_the_same_tables(tmp_path, connect_url):
+    """About 3 minutes."""
+    small = ["recipe.num_products=100", "recipe.num_queries=20", "recipe.num_sessions=100"]
+    remote = ["placement.spark.engine=connect", f"placement.spark.connect_url={connect_url}"]
+    lakes = {"local": [], "connect": remote}
+    for name, placement in lakes.items():
+        root = f"lake={tmp_path}/{name}"
+        assay("simulate", "dev", root, *small)
+        for job in ("ingest", "build_consensus", "build_engagement"):
+            assay(job, "dev", root, *placement)
+    for spec in (CATALOG_PRODUCT, ANNOTATION_CONSENSUS, ENGAGEMENT):
+        local, connect = (
+            tables.rows(Lake(f"{tmp_path}/{name}"), spec).sort_by([(key, "ascending") for key in spec.key])
+            for name in lakes
+        )
+        assert local.num_rows > 0
+        assert local.equals(connect)
