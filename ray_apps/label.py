@@ -127,9 +127,8 @@ def _vllm_answers(pairs: pa.Table, folder: str, card: LabellerCard, placement: L
         if not isinstance(died, RayActorError):
             raise
         raise RuntimeError(
-            f"label_pairs: the vLLM engine died and was started again {placement.max_engine_restarts} times "
-            "(placement.max_engine_restarts); its log is among worker-*.out in Ray's session folder, "
-            "and placement.engine=torch grades without it"
+            f"label_pairs: the vLLM engine died (placement.max_engine_restarts={placement.max_engine_restarts}); its "
+            "log is among worker-*.out in Ray's session folder; run again to go on, or give placement.engine=torch"
         ) from error
 
 

@@ -39,5 +39,7 @@ class LabelPlacement:
         int, meaning("pairs sent to an engine at once; four batches are under way", "pairs", ge=1)
     ] = 128
     max_num_seqs: Annotated[int, meaning("pairs of a step of the engine", "pairs", ge=1)] = 128
-    max_engine_restarts: Annotated[int, meaning("deaths of an engine after which the run gives up", ge=0)] = 2
+    max_engine_restarts: Annotated[
+        int, meaning("deaths of an engine that are made good; what is graded already stays in any case", ge=0)
+    ] = 0
     kv_cache_gib: Annotated[int, meaning("an engine's cache on CPU", "GiB", ge=1)] = 1
