@@ -103,23 +103,27 @@ def load(
     *,
     source: str = "command line",
 ) -> ConfigT:
-    """Merges values with dotted `key=value` overrides (the right side is YAML) and validates them as `cls`.
+    """Merges values with dotted `key=value` overrides and validates them as `cls`.
+
+    The right side is YAML, but for settings that are text: a path is taken as it was typed.
 
     Raises:
         ConfigError: unknown key, wrong type or out-of-range value.
     """
     merged = OmegaConf.create(dict(values))
     origin: dict[str, str] = {}
+    texts = {item.key for item in describe(cls) if item.type == "string"}
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key:
             raise ConfigError(f"command line: expected key=value, got {override!r}")
         origin[key] = "command line"
         try:
-            OmegaConf.update(merged, key, yaml.load(text, _Loader) if text else "", merge=True)
+            value = text if key in texts or not text else yaml.load(text, _Loader)
+            OmegaConf.update(merged, key, value, merge=True)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"command line: {key}: {_first_line(error)}") from error
-    return validate(cls, OmegaConf.to_container(merged, resolve=True), source=source, origin=origin)
+    return validate(cls, OmegaConf.to_container(merged, resolve=False), source=source, origin=origin)
 
 
 def load_job(cls: type[ConfigT], job: str, setting: str, overrides: Sequence[str] = ()) -> ConfigT:

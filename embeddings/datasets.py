@@ -1,7 +1,7 @@
 """Reads judged data into the raw layout: Amazon ESCI, Home Depot, and any files that a mapping describes.
 
-No row vanishes: what cannot be used is written to rejected/ with its reason. Products that nobody judged are
-kept, since retrieval is measured over the full catalogue. Exact repeats of a product or query are one row.
+No product, query or mark vanishes: what cannot be used is written to rejected/ with its reason. Products that nobody
+judged are kept, since retrieval is measured over the full catalogue. Exact repeats of a product or query are one row.
 """
 
 from __future__ import annotations
@@ -80,6 +80,9 @@ class DatasetMapping:
     ]
     split: Annotated[str | None, meaning("column with train / test, in the judgements or the queries file")] = None
     encoding: Annotated[str, meaning("encoding of the text files")] = "utf-8"
+
+    def __post_init__(self) -> None:
+        check_cuts(self.grade_cuts)
 
 
 def import_esci(root: Path, raw_folder: Path, *, locales: Sequence[str] = ("us",)) -> dict[str, int]:
@@ -171,7 +174,6 @@ def import_mapped(root: Path, mapping: DatasetMapping, raw_folder: Path) -> dict
         ValueError: a file or column is missing, a file cannot be read, the cuts overlap or miss a grade, or a
             split is neither train nor test.
     """
-    check_cuts(mapping.grade_cuts)
     source = Source(root, mapping.encoding)
     product, query, judgement = mapping.products, mapping.queries, mapping.judgements
     optional = {"description": product.description, "brand": product.brand, "category": product.category}

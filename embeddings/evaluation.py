@@ -143,6 +143,7 @@ def fit_thresholds(scores: ArrayLike, grades: ArrayLike) -> tuple[float, float] 
     if len(np.unique(grade_N)) < 2:
         return None
     cuts = np.unique(np.quantile(score_N, np.linspace(0, 1, _GRID)))
+    cuts = np.append(cuts, np.nextafter(cuts[-1], np.inf))  # above all scores: no pair need be of the upper grade
     below = np.array([[np.count_nonzero(score_N[grade_N == g] < cut) for g in range(3)] for cut in cuts])
     total_G = np.bincount(grade_N.astype(np.int64), minlength=3)
     low, high = np.triu_indices(len(cuts))

@@ -29,7 +29,7 @@ class JudgedData:
     """A data set on its way into the raw layout, as columns of text.
 
     Attributes:
-        products: `_PRODUCT_COLUMNS`.
+        products: `PRODUCT_COLUMNS`.
         queries: query_id, query, split (null where not given); rows may repeat.
         marks: query_id, product_id, mark, annotator.
         rejected: rows of table, row and reason.

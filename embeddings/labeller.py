@@ -60,7 +60,7 @@ class LabellerRecipe:
     model: Annotated[str, meaning("Hugging Face name or folder of the backbone")] = "all-MiniLM-L6-v2"
     guideline: Annotated[str, meaning("version of the guideline, or its YAML file")] = "v1"
     text: Annotated[TextRecipe, meaning("what the labeller reads of a product")] = LABELLER_TEXT
-    max_tokens: Annotated[int, meaning("longest pair; the product is cut", "tokens", ge=16)] = 128
+    max_tokens: Annotated[int, meaning("longest pair; the longer of query and product is cut", "tokens", ge=16)] = 128
     tuning: Annotated[Literal["full", "lora"], meaning("all weights, or low-rank adapters merged at the end")] = "full"
     lora_rank: Annotated[int, meaning("rank of the adapters", ge=1)] = 16
     epochs: Annotated[float, meaning("passes over the pairs, or a part of one", "epochs", gt=0)] = 3.0
@@ -114,7 +114,9 @@ class LabellerCard:
 
 
 class PairEncoder:
-    """Turns pairs into token ids; the product is cut to fit, never the query's end or the prompt's.
+    """Turns pairs into token ids, cut to fit: of a classifier's pair the longer side first, of a prompt the product.
+
+    A prompt cuts its query only where that would leave less than 16 tokens to the product, and itself never.
 
     Args:
         source: folder or name of the tokenizer.
@@ -302,7 +304,8 @@ def export_labeller(source: str, out: str) -> None:
         ConfigError: `source` is no labeller's folder, or `out` exists and is no exported labeller.
     """
     card, target = load_labeller_card(source), Path(out)
-    if target.exists() and not (target / CARD_FILE).is_file():
+    is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    if not is_free and not (target / CARD_FILE).is_file():
         raise ConfigError(f"out={out}: is there already and is no labeller's folder; give another out=DIR")
     guideline = load_guideline(str(Path(source, GUIDELINE_FILE)))
     with atomic_folder(str(target.absolute())) as scratch:

@@ -75,7 +75,7 @@ def build_labeller(recipe: LabellerRecipe, encoder: PairEncoder, *, device: str)
     """The backbone in float32, with a fresh head or adapters drawn from the recipe's seed."""
     source = resolve_model(recipe.model)
     torch.manual_seed(recipe.seed)
-    backbone = _load(source, recipe.kind)
+    backbone = _load(source, recipe.kind, fresh_head=True)
     if recipe.tuning == "lora":
         from peft import LoraConfig, TaskType, get_peft_model
 
@@ -93,15 +93,22 @@ def save_weights(model: GradeModel, encoder: PairEncoder, folder: Path) -> None:
     if hasattr(backbone, "merge_and_unload"):
         backbone = backbone.merge_and_unload()
     backbone.config.use_cache = True
+    if not model.grade_token_ids:
+        # engines take another activation than softmax where a cross-encoder's folder names one and no problem type
+        backbone.config.problem_type = "single_label_classification"
     backbone.save_pretrained(folder)
     encoder.tokenizer.save_pretrained(folder)
 
 
 @lru_cache(maxsize=1)
-def load_labeller(folder: str) -> tuple[GradeModel, PairEncoder]:
-    """A saved labeller for plain torch, ready to grade."""
+def _load_labeller(folder: str, _fingerprint: str) -> tuple[GradeModel, PairEncoder]:
     encoder = load_pair_encoder(folder)
     return GradeModel(_load(folder, load_labeller_card(folder).kind), encoder).eval(), encoder
+
+
+def load_labeller(folder: str) -> tuple[GradeModel, PairEncoder]:
+    """A saved labeller for plain torch, ready to grade; loaded once as long as the folder holds the same one."""
+    return _load_labeller(folder, load_labeller_card(folder).fingerprint)
 
 
 def plain_probabilities(
@@ -260,15 +267,27 @@ def epoch_batches(lengths: Sequence[int], recipe: LabellerRecipe, epoch: int) ->
     return [batches[index] for index in rng.permutation(len(batches))]
 
 
-def _load(source: str, kind: str) -> Any:
+def _load(source: str, kind: str, *, fresh_head: bool = False) -> Any:
     shown = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a fresh head is what we want, not news
     transformers_logging.disable_progress_bar()
     try:
         if kind == "classifier":
-            return AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=len(Grade), dtype=torch.float32
+            model = AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=len(Grade), dtype=torch.float32, ignore_mismatched_sizes=fresh_head
             )
+            if fresh_head:
+                _draw_head(model)
+            return model
         return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     finally:
         transformers_logging.set_verbosity(shown)
+
+
+def _draw_head(model: Any) -> None:
+    """Draws the layer that gives the logits anew: a trained one of three classes would mean something else by them."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.out_features == len(Grade):
+            nn.init.normal_(module.weight, std=getattr(model.config, "initializer_range", 0.02))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

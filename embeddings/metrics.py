@@ -37,20 +37,6 @@ class Agreement(TypedDict):
     confusion: list[list[int]]
 
 
-def rank_products(score_QP: NDArray[np.floating], product_ids: Sequence[str]) -> NDArray[np.int64]:
-    """Column positions of each query's products, best first; equal scores by product id, ascending.
-
-    Raises:
-        ValueError: a score is nan, or columns and ids differ in number.
-    """
-    if score_QP.shape[1] != len(product_ids):
-        raise ValueError(f"rank_products: expected a column per id, got {score_QP.shape[1]} for {len(product_ids)} ids")
-    if np.isnan(score_QP).any():
-        raise ValueError("rank_products: expected numbers as scores, got nan; check the encoder's output")
-    by_id = np.array(sorted(range(len(product_ids)), key=product_ids.__getitem__), dtype=np.int64)
-    return by_id[np.argsort(-score_QP[:, by_id], axis=1, kind="stable")]
-
-
 def ndcg(ranked_gains: Sequence[float], ideal_gains: Sequence[float], k: int) -> float:
     """Discounted gain of the first k places over the best that `ideal_gains`, in any order, allow.
 

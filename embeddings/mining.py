@@ -101,18 +101,6 @@ def select_candidates(
     ]
 
 
-def keep_by_grade(band: ArrayLike, grade: ArrayLike) -> NDArray[np.bool_]:
-    """Whether each pair is hard: grade 0 in the top band, grade 1 or 2 in the tail.
-
-    Raises:
-        ValueError: a band or grade is unknown.
-    """
-    bands, grades = np.asarray(band), np.asarray(grade)
-    if not np.isin(bands, [TOP, TAIL]).all() or not np.isin(grades, [0, 1, 2]).all():
-        raise ValueError("keep_by_grade: expected bands top or tail and grades 0, 1 or 2; label the pairs before")
-    return np.asarray((bands == TOP) == (grades == 0))
-
-
 def _seed_of(seed: int, dataset: str, query_id: str) -> int:
     # the separator cannot occur in an id read from text, so no two keys share a string
     digest = hashlib.sha256("\0".join((str(seed), dataset, query_id)).encode()).digest()

@@ -2,7 +2,8 @@
 
 What a step does follows from (recipe, step) alone: its instances, its learning rate and the random numbers of
 its dropout. So a checkpoint holds weights and optimiser state only, a resumed run repeats the unbroken one
-bit for bit (recipe.deterministic), and several workers compute what one would.
+bit for bit (recipe.deterministic), and several workers compute what one would, but
+for the draws of dropout.
 
 Q queries, P products of a query (padded), U distinct texts, D width of a vector.
 """

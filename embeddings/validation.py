@@ -18,7 +18,7 @@ from embeddings.metrics import GAINS, ndcg
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Queries with graded products, to be found among the judged products of all of them.
+    """Queries of one data set with graded products, to be found among the judged products of all of them.
 
     Attributes:
         queries: texts.
@@ -31,27 +31,35 @@ class ValidationSet:
     grades: list[dict[int, int]]
 
 
-def build_validation(instances: Sequence[Instance]) -> ValidationSet:
-    """Validation queries that have a grade above 0; a text graded twice under a query counts as the higher."""
-    judged = [instance for instance in instances if (instance.grades > 0).any()]
+def build_validation(instances: Sequence[Instance]) -> list[ValidationSet]:
+    """Validation queries that have a grade above 0, by data set: each shop's queries search its own products."""
+    by_dataset: dict[str, list[Instance]] = {}
+    for instance in instances:
+        if (instance.grades > 0).any():
+            by_dataset.setdefault(instance.key[0], []).append(instance)
+    return [_one_set(by_dataset[dataset]) for dataset in sorted(by_dataset)]
+
+
+def _one_set(judged: Sequence[Instance]) -> ValidationSet:
     catalogue = sorted({text for instance in judged for text in instance.products})
     row = {text: index for index, text in enumerate(catalogue)}
-    grades: list[dict[int, int]] = []
-    for instance in judged:
-        own: dict[int, int] = {}
-        for text, grade in zip(instance.products, instance.grades.tolist(), strict=True):
-            own[row[text]] = max(grade, own.get(row[text], 0))
-        grades.append(own)
+    grades = [
+        {row[text]: grade for text, grade in zip(instance.products, instance.grades.tolist(), strict=True)}
+        for instance in judged
+    ]
     return ValidationSet([instance.query for instance in judged], catalogue, grades)
 
 
-def validation_ndcg(model: SentenceTransformer, validation: ValidationSet, *, k: int = 10, bf16: bool = False) -> float:
-    """Mean NDCG@k over the queries; products judged only under other queries count as grade 0."""
-    query_QD = encode(model, validation.queries, "query", bf16=bf16)
-    document_PD = encode(model, validation.catalogue, "document", bf16=bf16)
-    values = []
-    for query_D, grades in zip(query_QD, validation.grades, strict=True):
-        top = np.argsort(-(document_PD @ query_D), kind="stable")[:k]
-        gains = [GAINS[grades.get(int(row), 0)] for row in top]
-        values.append(ndcg(gains, [GAINS[grade] for grade in grades.values()], k))
+def validation_ndcg(
+    model: SentenceTransformer, validation: Sequence[ValidationSet], *, k: int = 10, bf16: bool = False
+) -> float:
+    """Mean NDCG@k over all queries; products judged only under other queries count as grade 0."""
+    values: list[float] = []
+    for one in validation:
+        query_QD = encode(model, one.queries, "query", bf16=bf16)
+        document_PD = encode(model, one.catalogue, "document", bf16=bf16)
+        for query_D, grades in zip(query_QD, one.grades, strict=True):
+            top = np.argsort(-(document_PD @ query_D), kind="stable")[:k]
+            gains = [GAINS[grades.get(int(row), 0)] for row in top]
+            values.append(ndcg(gains, [GAINS[grade] for grade in grades.values()], k))
     return float(np.mean(values))

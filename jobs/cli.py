@@ -21,7 +21,7 @@ from rich.text import Text
 from conf.load import ConfigError, list_settings
 from jobs import job
 from lake import runs
-from lake.storage import Lake
+from lake.storage import Lake, LakeError
 
 USAGE = """assay: graded relevance for product search
 
@@ -40,6 +40,12 @@ USAGE = """assay: graded relevance for product search
 
 Every command takes lake=DIR (default .assay/demo), --json and --help, mixed with its words.
 Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 a quality gate said no."""
+
+EXPORT_SETTINGS = """  out=required
+      string: folder to write
+  model="stage2"
+      stage2|stage1|pretrained or a folder: the encoder exported; not for the labeller
+"""
 
 OPTIONS = ("--json", "--help", "-h")
 SPARK_JOBS = ("ingest", "build_consensus", "build_engagement", "build_audit", "sample_pairs", "build_instances")
@@ -95,12 +101,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: Callable[[Words], None], words: Words) -> None:
     """Runs a command, or shows what it takes: its own help where it has settings, else its lines of the usage."""
-    has_own = command in (run_loop, search, label) or (command is run_job and words.plain)
+    has_own = command in (run_loop, search, label) or (
+        command in (run_job, plan) and words.plain[:1] and words.plain[0] in JOBS
+    )
     if words.wants_help and not has_own:
         name = next(name for name, known in COMMANDS.items() if known is command)
         usage = [line for line in USAGE.splitlines() if line.startswith(f"  assay {name}")]
         print("\n".join([command.__doc__ or "", "", *usage]))
-        print('\n  lake=".assay/demo"\n      string: folder of the lake\n  --json\n      prints for machines')
+        own = EXPORT_SETTINGS if command is export else ""
+        print(f'\n  lake=".assay/demo"\n      string: folder of the lake\n{own}  --json\n      prints for machines')
         return
     command(words)
 
@@ -190,6 +199,8 @@ def run_loop(words: Words) -> None:
 def show_runs(words: Words) -> None:
     """The run records, oldest first."""
     _refuse_extra(words, "runs", 0, ("lake",))
+    if not os.path.isdir(words.lake.root):
+        raise LakeError(f"lake={words.lake.root}: no such folder; run a job there first, or name another lake=DIR")
     found = runs.records(words.lake)
     if words.wants_json:
         print(json.dumps([json.loads(record.to_json()) for record in found]))
@@ -273,11 +284,16 @@ def search(words: Words) -> None:
 
 
 def plan(words: Words) -> None:
-    """What a job would read, at which versions, and whether that work is done already."""
+    """What a job would read, at which versions, and whether that work is done already; changes nothing."""
+    if words.wants_help:
+        module = importlib.import_module(f"jobs.{words.plain[0]}")
+        setting = words.plain[1] if len(words.plain) > 1 else "dev"
+        print(f"plan {job.help_text(words.plain[0], module.Config, setting)}")
+        return
     if len(words.plain) != 2 or words.plain[0] not in JOBS:
         raise ConfigError(f"plan: expected JOB SETTING; jobs: {', '.join(JOBS)}")
     name, module = words.plain[0], importlib.import_module(f"jobs.{words.plain[0]}")
-    opened = job.begin(job.parse(name, module.Config, [words.plain[1], *words.pairs]), name)
+    opened = job.pin(job.parse(name, module.Config, [words.plain[1], *words.pairs]), name)
     done = runs.current(opened.lake, name, opened.fingerprint)
     facts = {
         "job": name,

@@ -23,7 +23,7 @@ from jobs.embed_catalog import EmbedPlacement, EmbedRecipe, embed, encoder_folde
 from jobs.judged_queries import READ, Judged, import_mapped, read_judged
 from lake import tables
 from lake.runs import Run, RunRecord
-from lake.schemas import EVALUATION, EVALUATION_PAIR, EVALUATION_QUERY
+from lake.schemas import EVALUATION, EVALUATION_PAIR, EVALUATION_QUERY, TableSpec
 from lake.storage import Lake, LakeError
 from ray_apps.cluster import connect
 
@@ -77,11 +77,13 @@ class Config:
     recipe: EvaluationRecipe = EvaluationRecipe()
     placement: Placement = Placement()
 
+    def __post_init__(self) -> None:
+        if self.model:
+            object.__setattr__(self, "inputs", dataclasses.replace(self.inputs, model=self.model))
+
 
 def run(config: Config) -> RunRecord:
     """A row per model and data set in evaluation, with its queries and pairs behind it."""
-    if config.model:
-        config = dataclasses.replace(config, inputs=dataclasses.replace(config.inputs, model=config.model))
     _check_inputs(config.inputs)
     current = job.begin(config, "evaluate_retrieval")
     source, versions = current.lake, {name: int(current.inputs[name]) for name in READ if name in current.inputs}
@@ -92,7 +94,7 @@ def run(config: Config) -> RunRecord:
     judged = read_judged(source, versions, config.recipe.split)
     folders = _folders(config, current)
     found = _measure(config, current, judged, folders)
-    written = [_write(config, current, own, found, folders) for own in judged]
+    metrics = _write(config, current, judged, found, folders)
     outputs = {
         spec.name: tables.version(current.lake, spec) or 0 for spec in (EVALUATION, EVALUATION_QUERY, EVALUATION_PAIR)
     }
@@ -100,7 +102,7 @@ def run(config: Config) -> RunRecord:
         rows=sum(len(own.measured) for own in judged),
         outputs=outputs,
         counts={f"queries/{own.catalog.dataset}": len(own.measured) for own in judged},
-        metrics={name: value for metrics in written for name, value in metrics.items()},
+        metrics=metrics,
     )
 
 
@@ -121,7 +123,8 @@ def _folders(config: Config, current: Run) -> dict[str, str]:
         folder = encoder_folder(current.lake, config.inputs.model, "inputs.model")
         if "pretrained" not in folders:
             folders = {"pretrained": _pretrained(config, current.lake)} | folders
-        folders[Path(folder).resolve().name] = folder
+        name = Path(folder).resolve().name
+        folders[f"{name} (model)" if name in named else name] = folder
     if not folders:
         raise LakeError("evaluate_retrieval: no encoder to measure; give inputs.stage2=FOLDER, or model=FOLDER")
     return folders
@@ -132,10 +135,12 @@ def _pretrained(config: Config, lake: Lake) -> str:
     from ray_apps import train as app
 
     text = TextRecipe()
-    folder = lake.path("models", "pretrained", fingerprint(config.recipe.encoder, text))
+    encoder = config.recipe.encoder
+    weights = job.content_hash(encoder.model) if Path(encoder.model).is_dir() else ""
+    folder = lake.path("models", "pretrained", fingerprint(encoder, text, weights))
     if not Path(folder).is_dir():
         connect(config.placement.embed.ray)
-        app.build_pretrained(app.absolute_model(config.recipe.encoder), text, folder)
+        app.build_pretrained(app.absolute_model(encoder), text, folder)
     return folder
 
 
@@ -189,11 +194,37 @@ def _measure_one(
 
 
 def _write(
-    config: Config, current: Run, own: Judged, found: Mapping[tuple[str, str], Measured], folders: Mapping[str, str]
+    config: Config,
+    current: Run,
+    judged: Sequence[Judged],
+    found: Mapping[tuple[str, str], Measured],
+    folders: Mapping[str, str],
 ) -> dict[str, float]:
-    """Rows of one data set in the three tables; returns the headline metrics by data set and model."""
+    """Rows in the three tables; returns the headline metrics by data set and model.
+
+    The summaries come last and in one commit: whoever finds them finds all that is behind them.
+    """
+    rows: dict[TableSpec, list[dict[str, Any]]] = {EVALUATION_PAIR: [], EVALUATION_QUERY: [], EVALUATION: []}
+    for own in judged:
+        models = {name: found[name, own.catalog.dataset] for name in folders}
+        for spec, more in _rows(config, current, own, models, folders).items():
+            rows[spec] += more
+    for spec, of_spec in rows.items():
+        data = pa.Table.from_pylist(of_spec, schema=spec.schema)
+        tables.append_once(current.lake, spec, data, run_id=current.run_id, part="0")
+    return {
+        f"{dataset}/{name}/{metric}": measured.metrics[metric]
+        for (name, dataset), measured in found.items()
+        for metric in HEADLINES
+        if metric in measured.metrics
+    }
+
+
+def _rows(
+    config: Config, current: Run, own: Judged, models: Mapping[str, Measured], folders: Mapping[str, str]
+) -> dict[TableSpec, list[dict[str, Any]]]:
+    """Rows of one data set, by table."""
     dataset = own.catalog.dataset
-    models = {name: found[name, dataset] for name in folders}
     summaries, queries, pairs = [], [], []
     for name, measured in models.items():
         key = {"run_id": current.run_id, "dataset": dataset, "model": name}
@@ -219,15 +250,7 @@ def _write(
         )
         queries += [key | row for row in _query_rows(own, measured)]
         pairs += [key | row for row in _pair_rows(own, measured)]
-    for spec, rows in ((EVALUATION_PAIR, pairs), (EVALUATION_QUERY, queries), (EVALUATION, summaries)):
-        data = pa.Table.from_pylist(rows, schema=spec.schema)
-        tables.append_once(current.lake, spec, data, run_id=current.run_id, part=dataset)
-    return {
-        f"{dataset}/{name}/{metric}": measured.metrics[metric]
-        for name, measured in models.items()
-        for metric in HEADLINES
-        if metric in measured.metrics
-    }
+    return {EVALUATION_PAIR: pairs, EVALUATION_QUERY: queries, EVALUATION: summaries}
 
 
 def _over_stage1(name: str, models: Mapping[str, Measured], seed: int) -> dict[str, float]:

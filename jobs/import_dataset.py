@@ -74,6 +74,7 @@ def run(config: Config) -> RunRecord:
             f"import_dataset: {counts['rejected']} of {total} rows cannot be used; see the reasons in "
             f"{current.lake.path(raw, 'rejected')}, then mend the mapping or raise recipe.max_rejected_fraction"
         )
+    current.claim(raw)
     return current.finish(rows=counts["marks"], outputs={raw: raw}, counts=counts)
 
 

@@ -71,12 +71,12 @@ def run(config: Config) -> RunRecord:
     with tempfile.TemporaryDirectory() as scratch, reading(list(folders.values())):
         frames = ingest.check_tables(spark, folders, config.recipe, Path(scratch))
         counts = {name: checked.tally(frame) for name, frame in frames.items()}
-        ingest.check_kept(counts, folders)
         by_source = quarantine(current, "source", ingest.read_rejected(spark, folders, Path(scratch)))
         for name, frame in frames.items():
             if any(count.num_rejected for count in counts[name]):
                 quarantine(current, name, checked.rejected(frame, TABLES[name]))
         place = f"the table quarantine of lake={config.lake}, run_id={current.run_id}"
+        ingest.check_kept(counts, folders, place)
         for name, found in counts.items():
             checked.check_rejected(found, name, config.recipe.max_rejected_fraction, place)
         # Products and queries before what names them. A crash in between leaves no record: the next run replaces all.

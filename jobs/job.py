@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from pydantic import BeforeValidator
 
 from conf.load import ConfigError, describe, fingerprint, list_settings, load_job, meaning
 from lake import runs
-from lake.runs import Run, RunRecord
+from lake.runs import Inputs, Run, RunRecord
 from lake.schemas import TABLES
 from lake.storage import Lake
 
@@ -37,6 +37,8 @@ TableVersion = Annotated[
 
 OUTSIDE = ("root", "mapping", "file")
 """Inputs that name what lies outside the lake; a folder of that name inside it is none of them."""
+RECIPE_PATHS = ("model", "baseline_model", "guideline")
+"""Settings of recipes that may name a local folder or file."""
 
 
 class GateError(RuntimeError):
@@ -47,11 +49,20 @@ def begin(config: Any, job: str) -> Run:
     """Opens a run: pins every input to a version or a content hash, and computes the fingerprint.
 
     Raises:
+        LakeError: the lake cannot be written, or a table, version or folder that the inputs name does not exist.
+    """
+    Lake(config.lake).check_writable()
+    return pin(config, job)
+
+
+def pin(config: Any, job: str) -> Run:
+    """What `begin` opens, without touching the lake.
+
+    Raises:
         LakeError: a table, version or folder that the inputs name does not exist.
     """
     lake = Lake(config.lake)
-    lake.check_writable()
-    inputs = _pinned(lake, config.inputs)
+    inputs = Inputs(_pinned(lake, config.inputs) | _recipe_files(config.recipe))
     return Run(
         lake=lake,
         job=job,
@@ -74,9 +85,21 @@ def _pinned(lake: Lake, inputs: Any) -> dict[str, str]:
         for item in value if isinstance(value, tuple) else (value,):
             folder = item if field.name in OUTSIDE and os.path.exists(item) else find_path(lake, item)
             pinned[f"{field.name}:{item}" if isinstance(value, tuple) else field.name] = (
-                content_hash(folder) if folder else item
+                content_hash(folder, without=lake.path()) if folder else item
             )
     return pinned
+
+
+def _recipe_files(recipe: Any, prefix: str = "recipe") -> dict[str, str]:
+    """Content of local models and files that a recipe names: a path alone does not say what is in it."""
+    found: dict[str, str] = {}
+    for field in dataclasses.fields(recipe):
+        value, key = getattr(recipe, field.name), f"{prefix}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            found |= _recipe_files(value, key)
+        elif isinstance(value, str) and value and field.name in RECIPE_PATHS and os.path.exists(value):
+            found[key] = content_hash(value)
+    return found
 
 
 def find_path(lake: Lake, value: str) -> str | None:
@@ -84,15 +107,28 @@ def find_path(lake: Lake, value: str) -> str | None:
     return next((path for path in (lake.path(value), value) if os.path.exists(path)), None)
 
 
-def content_hash(path: str) -> str:
-    """16 hex digits over a file, or over all files of a folder by relative name; equal content, equal hash."""
+def content_hash(path: str, without: str = "") -> str:
+    """16 hex digits over a file, or over all files of a folder by relative name; equal content, equal hash.
+
+    Args:
+        path: file or folder; what is hidden in a folder is no content.
+        without: a folder left out, since a lake may lie below its own input.
+    """
     root, digest = Path(path), hashlib.sha256()
-    files = [root] if root.is_file() else sorted(item for item in root.rglob("*") if item.is_file())
+    files = [root] if root.is_file() else sorted(_content_files(root, Path(without) if without else None))
     for item in files:
         digest.update(b"" if item == root else str(item.relative_to(root)).encode() + b"\0")
         with item.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def _content_files(root: Path, without: Path | None) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = [
+            name for name in folders if name[0] != "." and (not without or Path(folder, name).resolve() != without)
+        ]
+        yield from (Path(folder, name) for name in names if name[0] != ".")
 
 
 def main(job: str, config_class: type[Any], run: Callable[[Any], RunRecord], argv: Sequence[str] | None) -> int:
@@ -140,9 +176,9 @@ def guarded(action: Callable[[], object]) -> int:
         return _fail(error, BAD_USAGE)
     except GateError as error:
         return _fail(error, GATE_SAID_NO)
-    except BrokenPipeError:
-        # Whoever read the output has gone (assay ... | head); Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError as error:
+        if not _reader_is_gone():
+            return _fail(one_sentence(error), FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on where this one stopped", FAILED)
     except Exception as error:  # engines raise classes of their own; ASSAY_DEBUG=1 shows where
@@ -150,6 +186,17 @@ def guarded(action: Callable[[], object]) -> int:
             raise
         return _fail(one_sentence(error), FAILED)
     return DONE
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output is what broke (assay ... | head); then it leads nowhere from now on."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would complain again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def one_sentence(error: BaseException) -> str:

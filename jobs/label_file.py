@@ -6,13 +6,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import csv, parquet
-from pyarrow import json as arrow_json
 
 from conf.load import ConfigError, meaning, settings
 from jobs import job, models
@@ -54,9 +53,8 @@ class Config:
 
 def run(config: Config) -> RunRecord:
     """All columns of the file plus grade, p0, p1 and p2, and reason where any row could not be graded."""
-    if Path(config.out).suffix not in FORMATS:
-        raise ConfigError(f"out={config.out!r}: expected a name that ends in {', '.join(FORMATS)}")
     table = read_pairs(config.inputs.file)
+    check_out(config.out, table)
     current = job.begin(config, "label_file")
     folder = config.inputs.labeller and job.find_path(current.lake, config.inputs.labeller)
     folder = folder or (config.inputs.labeller or models.labeller_folder(current.lake))
@@ -91,15 +89,12 @@ def read_pairs(path: str) -> pa.Table:
     if not Path(path).is_file() or kind not in FORMATS:
         raise ConfigError(f"inputs.file={path!r}: expected an existing file that ends in {', '.join(FORMATS)}")
     try:
-        table = (
-            _read_csv(path)
-            if kind == ".csv"
-            else arrow_json.read_json(path)
-            if kind == ".jsonl"
-            else parquet.read_table(path)
-        )
-    except (pa.ArrowException, OSError) as error:
+        table = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": parquet.read_table}[kind](path)
+    except (pa.ArrowException, OSError, UnicodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as {kind[1:]}: {str(error).splitlines()[0]}") from error
+    repeated = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    if repeated:
+        raise ConfigError(f"{path}: has the column {repeated[0]!r} more than once; rename one")
     missing = [name for name in REQUIRED if name not in table.column_names]
     if missing:
         raise ConfigError(f"{path}: column {missing[0]!r} is missing; columns are {', '.join(table.column_names)}")
@@ -119,6 +114,44 @@ def _read_csv(path: str) -> pa.Table:
             column_types={name: pa.string() for name in names}, strings_can_be_null=True, null_values=[""]
         ),
     )
+
+
+def _read_jsonl(path: str) -> pa.Table:
+    """Rows of JSON objects; values keep their types where a column has one, and are JSON text where it has several."""
+    rows = []
+    with open(path, encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            row = json.loads(line) if line.strip() else {}
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}: line {number} is no JSON object; give one object per line")
+            if row:
+                rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: _json_column([row.get(name) for row in rows]) for name in names})
+
+
+def _json_column(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError):  # several types, or an integer past 64 bits
+        texts = [
+            value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            for value in values
+        ]
+        return pa.array(texts, pa.string())
+
+
+def check_out(out: str, table: pa.Table) -> None:
+    """Refuses a file that could not be written, before anything is graded.
+
+    Raises:
+        ConfigError: the name's ending is no format, or the format cannot hold a column.
+    """
+    if Path(out).suffix not in FORMATS:
+        raise ConfigError(f"out={out!r}: expected a name that ends in {', '.join(FORMATS)}")
+    nested = [field.name for field in table.schema if pa.types.is_nested(field.type)]
+    if Path(out).suffix == ".csv" and nested:
+        raise ConfigError(f"out={out}: CSV cannot hold column {nested[0]!r}, which has lists or objects; give .jsonl")
 
 
 def refusals(table: pa.Table, recipe: FileRecipe) -> list[str | None]:

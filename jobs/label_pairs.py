@@ -20,7 +20,7 @@ from jobs import job, labelling
 from lake import tables
 from lake.progress import write_progress
 from lake.runs import Run, RunRecord
-from lake.schemas import CANDIDATE_PAIR, PAIR_GRADE, QUARANTINE
+from lake.schemas import CANDIDATE_PAIR, PAIR_GRADE, QUARANTINE, SOURCES, CandidateSource
 from ray_apps.placements import LabelPlacement
 
 log = logging.getLogger(__name__)
@@ -33,12 +33,16 @@ class Inputs:
     candidate_pair: job.TableVersion = "newest"
     query: job.TableVersion = "newest"
     catalog_product: job.TableVersion = "newest"
-    labeller: Annotated[str, meaning("folder of the labeller, below the lake or anywhere")] = ""
+    labeller: Annotated[str, meaning("folder of the labeller, below the lake or anywhere; empty: the newest")] = ""
 
 
 @settings
 class LabelRecipe:
-    """What is refused. Grades follow from labeller and texts alone."""
+    """Which candidates are graded and what is refused. Grades follow from labeller and texts alone."""
+
+    sources: Annotated[
+        tuple[CandidateSource, ...], meaning("sources of the candidates that are graded", min_length=1)
+    ] = SOURCES
 
     max_rejected_fraction: Annotated[
         float, meaning("share of answers without a distribution past which the run fails", ge=0, le=1)
@@ -58,10 +62,13 @@ class Config:
 
 def run(config: Config) -> RunRecord:
     """Candidate pairs without a ledger row -> ledger, part by part; what is there already is never asked again."""
+    config = labelling.with_newest_labeller(config)
     current = job.begin(config, "label_pairs")
     folder = labelling.labeller_folder(current.lake, config.inputs.labeller)
     card = load_labeller_card(folder)
-    candidates = labelling.read(current, CANDIDATE_PAIR, labelling.PAIR).group_by(labelling.PAIR).aggregate([])
+    candidates = labelling.read(current, CANDIDATE_PAIR, [*labelling.PAIR, "source"])
+    candidates = candidates.filter(pc.is_in(candidates["source"], value_set=pa.array(config.recipe.sources)))
+    candidates = candidates.group_by(labelling.PAIR).aggregate([])
     pairs = with_addresses(labelling.with_texts(current, candidates), card)
     waiting = without_ledger_rows(current, pairs)
     counts = {
@@ -82,9 +89,11 @@ def run(config: Config) -> RunRecord:
             labelled += append(current, card, part.filter(good))
             rejected += quarantine(current, part.filter(pc.invert(good)))
             write_progress(run_folder, done=labelled + rejected, total=len(waiting), note="pairs graded")
-    if rejected > config.recipe.max_rejected_fraction * max(len(waiting), 1):
+    # of all texts, not of those asked now: a run that goes on after a death meets the bad ones again
+    total = max(pc.count_distinct(pairs["address"]).as_py(), 1)
+    if rejected > config.recipe.max_rejected_fraction * total:
         raise ValueError(
-            f"label_pairs: {rejected} of {len(waiting)} answers were no distribution over the grades, more than "
+            f"label_pairs: {rejected} of {total} answers were no distribution over the grades, more than "
             f"recipe.max_rejected_fraction={config.recipe.max_rejected_fraction}; see the quarantine table"
         )
     tables.create(current.lake, PAIR_GRADE)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pyarrow as pa
 
 from conf.load import ConfigError
-from jobs import job
+from embeddings.text import normalise_query
+from jobs import job, models
 from lake import tables
 from lake.runs import Run
 from lake.schemas import CATALOG_PRODUCT, QUERY, TableSpec
@@ -31,6 +35,35 @@ def with_texts(current: Run, pairs: pa.Table) -> pa.Table:
     joined = pairs.join(queries, ["dataset", "query_id"], join_type="inner")
     joined = joined.join(products, ["dataset", "product_id"], join_type="inner")
     return joined.sort_by([(name, "ascending") for name in PAIR])
+
+
+def leaking_queries(current: Run) -> set[tuple[str, str]]:
+    """Train queries that the encoder reads as it reads some query of another split: (dataset, query_id).
+
+    Splits go by a normal form that Spark computes, without NFKC; the encoder's has it, so that full-width letters,
+    for one, are two queries there and one here.
+    """
+    names = ["dataset", "query_id", "text", "split"]
+    rows = list(zip(*(read(current, QUERY, names)[name].to_pylist() for name in names), strict=True))
+    held_out = {normalise_query(text) for _, _, text, split in rows if split != "train"}
+    return {
+        (dataset, query_id)
+        for dataset, query_id, text, split in rows
+        if split == "train" and normalise_query(text) in held_out
+    }
+
+
+def with_newest_labeller(config: Any) -> Any:
+    """The config with inputs.labeller set to the lake's labeller where it is empty.
+
+    Raises:
+        LakeError: it is empty, and no labeller was tuned in this lake.
+    """
+    if config.inputs.labeller:
+        return config
+    lake = Lake(config.lake)
+    newest = lake.relative(models.labeller_folder(lake))
+    return dataclasses.replace(config, inputs=dataclasses.replace(config.inputs, labeller=newest))
 
 
 def labeller_folder(lake: Lake, value: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from conf.load import ConfigError, load, meaning, read_yaml, settings
-from jobs import import_dataset, job
+from jobs import import_dataset, job, models
 from jobs.progress import Progress, open_progress
 from lake import runs, tables
 from lake.runs import RunRecord
@@ -66,12 +66,17 @@ AFTER_IMPORT = (
     Step("build_audit", "build_audit"),
     Step("tune_labeller", "tune_labeller"),
     Step("sample_pairs", "sample_pairs", fixed={"recipe": {"sources": ["annotated", "sampled", "engagement"]}}),
-    Step("label_sampled", "label_pairs", takes=(("labeller", "labeller"),)),
+    Step(
+        "label_sampled",
+        "label_pairs",
+        takes=(("labeller", "labeller"),),
+        fixed={"recipe": {"sources": ["annotated", "sampled", "engagement"]}},
+    ),
     Step("build_stage1", "build_instances", takes=(("labeller", "labeller"),), fixed={"recipe": {"stage": 1}}),
     Step("train_stage1", "train_encoder", fixed={"recipe": {"train": {"stage": 1}}}),
     Step("mine_hard_pairs", "mine_hard_pairs", takes=(("model", "encoder"),)),
     Step("sample_mined", "sample_pairs", fixed={"recipe": {"sources": ["mined"]}}),
-    Step("label_mined", "label_pairs", takes=(("labeller", "labeller"),)),
+    Step("label_mined", "label_pairs", takes=(("labeller", "labeller"),), fixed={"recipe": {"sources": ["mined"]}}),
     Step("build_stage2", "build_instances", takes=(("labeller", "labeller"),), fixed={"recipe": {"stage": 2}}),
     Step(
         "train_stage2",
@@ -90,6 +95,13 @@ AFTER_IMPORT = (
     ),
     Step("report", "report"),
 )
+CHOSEN = {
+    "pretrained": "pretrained",
+    "stage1": "train_stage1/encoder",
+    "stage2": "train_stage2/encoder",
+    "labeller": "labeller",
+}
+"""What search, export and label take: the models this loop ended with, whatever else was trained in the lake."""
 OPTIONAL_TABLES = ("audit_verdict",)
 """Written by people, not by a step of the loop; read where they exist."""
 
@@ -124,6 +136,7 @@ def run(config: Config, progress: Progress | None = None) -> list[StepResult]:
             result = _run_step(lake, step, pinned, shown, f"{number}/{len(steps)}")
             results.append(result)
             _note_outputs(step, result.record, produced)
+    models.choose(lake, {name: produced[artifact] for name, artifact in CHOSEN.items()})
     return results
 
 
@@ -154,6 +167,8 @@ def plan_steps(config: Config) -> tuple[Step, ...]:
 
 def _check_imports(config: Config) -> None:
     """Refuses a folder or a mapping that is not there or not one, before any step starts."""
+    if not config.imports and (config.inputs.root or config.inputs.mapping):
+        raise ConfigError(f"inputs: the loop {config.setting} simulates its data; choose a setting that imports some")
     for kind, folder in config.imports.items():
         path = os.path.join(config.inputs.root, folder)
         if not config.inputs.root or not os.path.isdir(path):
@@ -168,10 +183,27 @@ def _step_config(config: Config, step: Step) -> Any:
     module = importlib.import_module(f"jobs.{step.job}")
     training = {"seed": config.seed, "deterministic": config.deterministic}
     shared = {"tune_labeller": training, "train_encoder": {"train": training}}.get(step.job, {})
-    given = _merge({"recipe": shared} if shared else {}, config.steps.get(step.name, {}))
+    own = config.steps.get(step.name, {})
+    _check_own(step, own)
+    given = _merge({"recipe": shared} if shared else {}, own)
     values = _merge(read_yaml(step.job, "dev"), _merge(given, step.fixed))
     values |= {"lake": config.lake, "setting": config.setting}
-    return load(module.Config, values, source=f"conf/loop/{config.setting}.yaml: steps.{step.name}")
+    return load(module.Config, values, source=f"loop {config.setting}: steps.{step.name}")
+
+
+def _check_own(step: Step, own: Mapping[str, Any]) -> None:
+    """Refuses settings of a step that the loop sets itself.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    pinned = {"inputs": dict.fromkeys([*TABLES, "raw", *(name for name, _ in step.takes)])}
+    taken = {"lake": None, "setting": None} | _merge(pinned, step.fixed)
+    for key, value in own.items():
+        held = taken.get(key, {})
+        names = [key] if not isinstance(held, Mapping) else [f"{key}.{name}" for name in value if name in held]
+        if names:
+            raise ConfigError(f"steps.{step.name}.{names[0]}: the loop sets this itself; leave it out")
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

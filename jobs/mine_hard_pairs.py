@@ -17,7 +17,7 @@ from jobs.embed_catalog import Catalog, EmbedPlacement, EmbedRecipe, embed, enco
 from lake import tables
 from lake.runs import Run, RunRecord
 from lake.schemas import MINED_PAIR, QUERY, TRAINING_INSTANCE
-from lake.storage import Lake
+from lake.storage import Lake, LakeError
 
 if TYPE_CHECKING:
     from ray_apps.mine import Neighbours
@@ -76,6 +76,8 @@ def run(config: Config) -> RunRecord:
     current = job.begin(config, "mine_hard_pairs")
     model, recipe = current.inputs["model"], config.recipe
     instances = _train_instances(current)
+    if not instances:
+        raise LakeError(f"training_instance: lake={config.lake} has no stage 1 instances; run build_instances first")
     catalogs = read_catalogs(current.lake, int(current.inputs["catalog_product"]), sorted(instances))
     texts = {dataset: [row["query"] for row in rows] for dataset, rows in instances.items()}
     files = embed(current, catalogs, {model: folder}, texts, recipe.embedding, config.placement.embed)

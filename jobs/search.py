@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from conf.load import meaning, settings
+from conf.load import ConfigError, meaning, settings
 from embeddings.shards import Shard
 from embeddings.text import normalise_query
 from jobs import embed_catalog, job
@@ -60,6 +60,7 @@ def search(config: Config) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: the query is empty or too long.
+        ConfigError: the lake has no products of the data set.
     """
     text = normalise_query(config.query)
     if not text or len(config.query) > MAX_QUERY_CHARS:
@@ -77,7 +78,10 @@ def search(config: Config) -> list[dict[str, Any]]:
     query_D = encode(model, [text], "query")[0]
     print_ = job.content_hash(folder)
     hits: list[dict[str, Any]] = []
-    for catalog in read_catalogs(lake, version, [config.recipe.dataset] if config.recipe.dataset else ()):
+    catalogs = read_catalogs(lake, version, [config.recipe.dataset] if config.recipe.dataset else ())
+    if not catalogs:
+        raise ConfigError(f"recipe.dataset={config.recipe.dataset!r}: lake={lake.root} has no products of it")
+    for catalog in catalogs:
         shards = _shards(config, lake, catalog, folder, print_)
         hits += _best(catalog, shards, query_D, config.recipe.num_products, _thresholds(lake, catalog.dataset, print_))
     return sorted(hits, key=lambda hit: (-hit["score"], hit["dataset"], hit["product_id"]))[

@@ -42,6 +42,7 @@ def run(config: Config) -> RunRecord:
     current = job.begin(config, "simulate")
     raw, truth = f"raw/{DATASET}", f"truth/{DATASET}"
     counts = write_marketplace(config.recipe, Path(current.lake.path(raw)), Path(current.lake.path(truth)))
+    current.claim(raw)
     return current.finish(rows=counts["products"], outputs={raw: raw, truth: truth}, counts=counts)
 
 

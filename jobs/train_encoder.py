@@ -14,7 +14,7 @@ from conf.load import ConfigError, meaning, settings, validate
 from embeddings.batches import Instance
 from embeddings.recipes import CARD_FILE, EncoderRecipe, TrainRecipe, read_card
 from embeddings.text import TextRecipe, normalise_query, product_text
-from jobs import job
+from jobs import job, labelling
 from lake import tables
 from lake.runs import Run, RunRecord
 from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, QUERY, TRAINING_INSTANCE
@@ -146,9 +146,13 @@ def _training_instances(current: Run, stage: int, texts: Texts) -> list[Instance
     names, where = ["dataset", "query_id"], [("split", "=", "train")]
     queries = tables.rows(current.lake, QUERY, version=int(current.inputs["query"]), columns=names, where=where)
     is_train = set(zip(*(queries[name].to_pylist() for name in names), strict=True))
+    is_train -= labelling.leaking_queries(current)
     kept = [row for row in ordered if (row["dataset"], row["query_id"]) in is_train]
     if len(kept) < len(ordered):
-        log.warning("train_encoder: %d instances left out, no train queries now", len(ordered) - len(kept))
+        log.warning(
+            "train_encoder: %d instances left out: no train queries now, or the same text as a query of another split",
+            len(ordered) - len(kept),
+        )
     return [_instance(row, row["query"], row["product_ids"], row["grades"], texts) for row in kept]
 
 
@@ -179,13 +183,13 @@ def _instance(
     row: Mapping[str, Any], text: str, product_ids: Sequence[str], grades: Sequence[int], texts: Texts
 ) -> Instance:
     key = (row["dataset"], row["query_id"])
-    known = [
-        (texts[row["dataset"], product_id], grade)
-        for product_id, grade in zip(product_ids, grades, strict=True)
-        if (row["dataset"], product_id) in texts
-    ]
-    products = [product for product, _ in known]
-    return Instance(key, normalise_query(text), products, np.array([grade for _, grade in known], dtype=np.int8))
+    known: dict[str, int] = {}
+    for product_id, grade in zip(product_ids, grades, strict=True):
+        product = texts.get((row["dataset"], product_id))
+        if product is not None:
+            # products of one text are one vector, which two grades would tear at: the higher one counts
+            known[product] = max(grade, known.get(product, 0))
+    return Instance(key, normalise_query(text), list(known), np.array(list(known.values()), dtype=np.int8))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from embeddings.labeller import LabellerRecipe, calibrated, calibration_error, f
 from embeddings.metrics import labeller_agreement
 from jobs import job, labelling
 from lake.runs import Run, RunRecord
-from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT
+from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, HUMAN_ANNOTATION
 from ray_apps.placements import TunePlacement
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class Inputs:
     query: job.TableVersion = "newest"
     catalog_product: job.TableVersion = "newest"
     annotation_consensus: job.TableVersion = "newest"
+    human_annotation: job.TableVersion = "newest"
 
 
 @settings
@@ -56,8 +57,8 @@ def run(config: Config) -> RunRecord:
     current = job.begin(config, "tune_labeller")
     recipe, storage = config.recipe, current.lake.path("runs")
     consensus = labelling.read(current, ANNOTATION_CONSENSUS, [*labelling.PAIR, "grade"])
-    human = labelling.with_texts(current, consensus)
-    weak = labelling.with_texts(current, random_irrelevant(current, human, recipe))
+    human = without_leaks(current, labelling.with_texts(current, consensus))
+    weak = random_irrelevant(current, human, recipe)
     pairs = pa.concat_tables([human, weak.select(human.column_names)])
     counts = {"human_pairs": len(human), "random_pairs": len(weak)}
     counts |= {f"{split}_pairs": pc.sum(pc.equal(human["split"], split)).as_py() or 0 for split in ("train", "test")}
@@ -116,10 +117,18 @@ def baselines(human: pa.Table, recipe: LabellerRecipe) -> dict[str, float]:
     return agreement("majority_", grade_N[test], by_majority) | agreement("cosine_", grade_N[test], by_cosine)
 
 
-def random_irrelevant(current: Run, human: pa.Table, recipe: LabellerRecipe) -> pa.Table:
-    """Pairs of train queries with random products of their data set that no person has judged, as grade 0.
+def without_leaks(current: Run, pairs: pa.Table) -> pa.Table:
+    """The pairs but those of train queries that read like a query of another split."""
+    leaking = labelling.leaking_queries(current)
+    keys = zip(pairs["dataset"].to_pylist(), pairs["query_id"].to_pylist(), strict=True)
+    return pairs.filter(pa.array([key not in leaking for key in keys], pa.bool_()))
 
-    A product drawn at random is irrelevant but for a small share; what a query draws depends on its key alone.
+
+def random_irrelevant(current: Run, human: pa.Table, recipe: LabellerRecipe) -> pa.Table:
+    """Pairs of train queries with random products of their data set that no person has marked, as grade 0.
+
+    A product drawn at random is irrelevant but for a small share; what a query draws depends on its key alone. A
+    product with the texts of one that people grade above 0 under the query is left out as well.
     """
     catalogue = labelling.read(current, CATALOG_PRODUCT, ["dataset", "product_id"])
     products: dict[str, list[str]] = {}
@@ -127,9 +136,13 @@ def random_irrelevant(current: Run, human: pa.Table, recipe: LabellerRecipe) -> 
     for dataset, product_id in zip(*(catalogue[name].to_pylist() for name in catalogue.column_names), strict=True):
         products.setdefault(dataset, []).append(product_id)
     train = human.filter(pc.equal(human["split"], "train"))
-    judged: dict[tuple[str, str], set[str]] = {}
-    for dataset, query_id, product_id in zip(*(train[name].to_pylist() for name in labelling.PAIR), strict=True):
-        judged.setdefault((dataset, query_id), set()).add(product_id)
+    judged: dict[tuple[str, str], set[str]] = {
+        key: set() for key in zip(train["dataset"].to_pylist(), train["query_id"].to_pylist(), strict=True)
+    }
+    marked = labelling.read(current, HUMAN_ANNOTATION, labelling.PAIR)
+    for dataset, query_id, product_id in zip(*(marked[name].to_pylist() for name in labelling.PAIR), strict=True):
+        if (dataset, query_id) in judged:
+            judged[dataset, query_id].add(product_id)
     rows: list[tuple[str, str, str, int]] = []
     for (dataset, query_id), known in judged.items():
         pool = products[dataset]
@@ -139,9 +152,12 @@ def random_irrelevant(current: Run, human: pa.Table, recipe: LabellerRecipe) -> 
         drawn = [pool[index] for index in rng.choice(len(pool), wanted, replace=False)]
         rows += [(dataset, query_id, product_id, 0) for product_id in drawn if product_id not in known]
     fields = [*((name, pa.string()) for name in labelling.PAIR), ("grade", pa.int8())]
-    return pa.Table.from_pylist(
+    drawn_pairs = pa.Table.from_pylist(
         [dict(zip([*labelling.PAIR, "grade"], row, strict=True)) for row in rows], schema=pa.schema(fields)
     )
+    weak, same = labelling.with_texts(current, drawn_pairs), ["query_hash", "product_hash"]
+    positive = train.filter(pc.greater(train["grade"], 0)).select(same)
+    return weak.join(positive, same, join_type="left anti").sort_by([(name, "ascending") for name in labelling.PAIR])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,11 +20,22 @@ from typing import Any
 
 import pyarrow as pa
 
+from conf.load import ConfigError
 from lake import tables
 from lake.schemas import RUN_RECORD, TABLES
 from lake.storage import Lake, LakeError
 
 log = logging.getLogger(__name__)
+
+OWNER_FILE = ".run"
+"""In a folder that several runs may replace: the fingerprint of the run whose content it is."""
+
+
+class Inputs(dict[str, str]):
+    """What a run reads, by name; a name that was left out is an error of the settings."""
+
+    def __missing__(self, name: str) -> str:
+        raise ConfigError(f"inputs.{name} is empty; give inputs.{name}=newest, or the version or folder to read")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +78,15 @@ class Run:
     job: str
     setting: str
     fingerprint: str
-    inputs: dict[str, str]
+    inputs: Inputs
     recipe: Any
     run_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex[:12])
     started: float = dataclasses.field(default_factory=time.monotonic)
     started_at: datetime = dataclasses.field(default_factory=lambda: datetime.now(UTC))
+
+    def claim(self, artifact: str) -> None:
+        """Says in a folder that every run of this job replaces that its content is this run's."""
+        Path(self.lake.path(artifact), OWNER_FILE).write_text(self.fingerprint, encoding="utf-8")
 
     def finish(
         self,
@@ -87,7 +102,7 @@ class Run:
             job=self.job,
             setting=self.setting,
             fingerprint=self.fingerprint,
-            inputs=self.inputs,
+            inputs=dict(self.inputs),
             outputs={name: str(value) for name, value in outputs.items()},
             counts={name: int(value) for name, value in (counts or {}).items()},
             metrics={name: float(value) for name, value in (metrics or {}).items()},
@@ -147,9 +162,16 @@ def _outputs_exist(lake: Lake, record: RunRecord) -> bool:
             held = tables.version(lake, TABLES[name])
             if held is None or held < int(value):
                 return False
-        elif not Path(lake.path(value)).exists():
+        elif not Path(lake.path(value)).exists() or _owner(lake.path(value)) not in ("", record.fingerprint):
             return False
+        elif name.startswith("raw/") and not _owner(lake.path(value)):
+            return False  # a run replaced the folder and was killed before it could say so
     return True
+
+
+def _owner(path: str) -> str:
+    file = Path(path, OWNER_FILE)
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def pinned_version(lake: Lake, table: str, wanted: str) -> int:

@@ -17,7 +17,8 @@ Engine = Literal["spark", "delta-rs"]
 STRING, INT8, INT32, INT64 = pa.string(), pa.int8(), pa.int32(), pa.int64()
 FLOAT64, TIMESTAMP = pa.float64(), pa.timestamp("us", tz="UTC")
 SPLITS = ("train", "validation", "calibration", "test")
-SOURCES = ("annotated", "sampled", "mined", "engagement")
+CandidateSource = Literal["annotated", "sampled", "mined", "engagement"]
+SOURCES: tuple[CandidateSource, ...] = ("annotated", "sampled", "mined", "engagement")
 
 
 class Grade(enum.IntEnum):
@@ -284,7 +285,7 @@ TRAINING_INSTANCE = TableSpec(
         Column("query", STRING, "text of the query"),
         Column("product_ids", pa.list_(STRING), "products, in id order"),
         Column("grades", pa.list_(INT8), "grade of each product", "0, 1, 2"),
-        Column("sources", pa.list_(STRING), "where each pair comes from: human, or the candidate's source"),
+        Column("sources", pa.list_(STRING), "where each pair comes from: human, expert, or the candidate's source"),
     ),
     partition_by=("stage",),
 )

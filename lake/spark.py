@@ -61,7 +61,7 @@ def session(placement: SparkPlacement) -> SparkSession:
     """The Spark session of this process, made at the first call.
 
     Raises:
-        LakeError: no usable Java, no jars, or no Connect URL.
+        LakeError: no usable Java, no jars, no Connect URL, or no server there.
     """
     try:
         from pyspark.sql import SparkSession
@@ -71,9 +71,15 @@ def session(placement: SparkPlacement) -> SparkSession:
     if placement.engine == "connect":
         if not placement.connect_url:
             raise LakeError("placement.spark.connect_url is empty; give placement.spark.connect_url=sc://HOST:PORT")
-        remote = SparkSession.builder.remote(placement.connect_url).getOrCreate()
-        for key, value in _session_options(placement).items():
-            remote.conf.set(key, value)
+        try:
+            remote = SparkSession.builder.remote(placement.connect_url).getOrCreate()
+            for key, value in _session_options(placement).items():
+                remote.conf.set(key, value)
+        except Exception as error:  # gRPC's own classes, and PySpark's for a malformed URL
+            raise LakeError(
+                f"placement.spark.connect_url={placement.connect_url}: no Spark Connect server answers "
+                f"({type(error).__name__}); start it, or give another URL"
+            ) from error
         return remote
     running = SparkSession.getActiveSession()
     if running is not None:

@@ -20,7 +20,8 @@ class Lake:
     """A lake's root and where its parts lie below it.
 
     Layout: tables/ (Delta), raw/ (input files as imported), truth/ (simulation's ground truth, read only by
-    evaluation), models/, vectors/, runs/ (checkpoints of unfinished runs), reports/.
+    evaluation), models/, vectors/, runs/ (checkpoints of unfinished runs), reports/,
+    evaluation/ (lakes of data sets that encoders were measured on).
     """
 
     root: str
@@ -63,15 +64,21 @@ class Lake:
 
 @contextmanager
 def atomic_folder(target: str) -> Iterator[Path]:
-    """A scratch folder that becomes `target` in one rename when the block ends well, and vanishes when not."""
+    """A scratch folder that takes the place of `target` when the block ends well, and vanishes when not.
+
+    An old folder is renamed aside first and removed last: a reader finds the old one, for an instant none, or the
+    new one, and never a part of either.
+    """
     final = Path(target)
     final.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    old = scratch.with_name(f"{scratch.name}.old")
     try:
         yield scratch
         scratch.chmod(0o755)
         if final.exists():
-            shutil.rmtree(final)
+            os.replace(final, old)
         os.replace(scratch, final)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

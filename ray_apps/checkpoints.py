@@ -14,6 +14,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
+from conf.load import ConfigError
 from ray_apps.progress import following
 
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
@@ -40,6 +41,7 @@ def fit(trainer: TorchTrainer, run_folder: Path) -> ray.train.Result:
     """Runs a trainer to its end and logs how far it is.
 
     Raises:
+        ConfigError: a worker found a setting that cannot be used.
         ValueError: training failed; the message names the first cause.
         KeyboardInterrupt: somebody pressed Ctrl-C; Ray would end the process as if all were well.
     """
@@ -48,7 +50,11 @@ def fit(trainer: TorchTrainer, run_folder: Path) -> ray.train.Result:
             return trainer.fit()
     except ray.train.TrainingFailedError as error:
         causes = list(getattr(error, "worker_failures", {}).values()) or [error]
-        raise ValueError(f"training failed: {_last_line(causes[0])}") from error
+        cause = _last_line(causes[0])
+        kind, _, sentence = cause.partition(": ")
+        if kind.rpartition(".")[2] == ConfigError.__name__:
+            raise ConfigError(sentence) from error
+        raise ValueError(f"training failed: {cause}") from error
     except SystemExit as ended:
         raise KeyboardInterrupt from ended
 
@@ -61,6 +67,11 @@ def set_ray_train_defaults() -> None:
         # a watcher of preempted nodes is a process more, and the controller looks at its workers every 2 s by default
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+
+
+def prepare_determinism() -> None:
+    """What cuBLAS wants before its first call where deterministic kernels are asked for; a value set outside stays."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @contextmanager

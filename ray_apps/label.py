@@ -115,7 +115,7 @@ def _vllm_answers(pairs: pa.Table, folder: str, card: LabellerCard, placement: L
     size = placement.batch_rows
     blocks = [pairs.slice(start, size) for start in range(0, len(pairs), size)]
     encoded = ray.data.from_arrow(blocks).map_batches(
-        _encode, fn_kwargs={"folder": folder}, batch_format="pyarrow", batch_size=size
+        _encode, fn_kwargs={"folder": folder, "fingerprint": card.fingerprint}, batch_format="pyarrow", batch_size=size
     )
     processor = _processor(folder, card, placement)
     try:
@@ -189,12 +189,13 @@ def _engine_config(folder: str, card: LabellerCard, placement: LabelPlacement) -
 
 
 @lru_cache(maxsize=1)
-def _encoder(folder: str) -> PairEncoder:
+def _encoder(folder: str, _fingerprint: str) -> PairEncoder:
+    """Cached by what is in the folder: a worker may outlive the labeller that it first met there."""
     return load_pair_encoder(folder)
 
 
-def _encode(batch: pa.Table, folder: str) -> pa.Table:
-    tokens = pa.array(_encoder(folder).encode_rows(batch), pa.list_(pa.int32()))
+def _encode(batch: pa.Table, folder: str, fingerprint: str) -> pa.Table:
+    tokens = pa.array(_encoder(folder, fingerprint).encode_rows(batch), pa.list_(pa.int32()))
     return pa.table({"address": batch["address"], "tokenized_prompt": tokens})
 
 

@@ -18,6 +18,7 @@ from embeddings.text import TextRecipe
 from embeddings.training import ContrastiveTrainer
 from embeddings.validation import build_validation, validation_ndcg
 from lake.progress import write_progress
+from ray_apps.checkpoints import prepare_determinism
 from ray_apps.train import ENCODER_FOLDER, SCORE, TrainTask
 
 _NOT_MEASURED = -1.0
@@ -37,6 +38,7 @@ class TrainWorker:
 
     def __init__(self, task: TrainTask, run_folder: str, threads: int) -> None:
         torch.set_num_threads(threads)
+        prepare_determinism()
         context = ray.train.get_context()
         self.task, self.run_folder = task, run_folder
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
@@ -92,7 +94,7 @@ class TrainWorker:
             ray.train.report({}, checkpoint=None)
             return
         score = _NOT_MEASURED
-        if is_measured and self.validation.queries:
+        if is_measured and self.validation:
             score = validation_ndcg(self.trainer.model, self.validation, bf16=self.trainer.bf16)
         self.start = score if self.start is None else self.start
         with tempfile.TemporaryDirectory(prefix="assay-checkpoint-") as place:

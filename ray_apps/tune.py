@@ -1,11 +1,13 @@
 """Fine-tuning the labeller on Ray Train: 1..n workers, checkpoints, resume.
 
 A run lives in one folder named by what it computes. Started again after any death, it goes on from its newest
-checkpoint; every worker computes its share of the same steps, so the number of workers changes speed alone.
+checkpoint; every worker computes its share of the same steps, so the number of workers changes speed and the draws of
+dropout, nothing else.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -31,7 +33,7 @@ from embeddings.labeller import LabellerRecipe, PairEncoder
 from embeddings.labeller_model import LabellerTrainer, build_labeller, plain_probabilities, save_weights
 from embeddings.metrics import labeller_agreement
 from lake.progress import write_progress
-from ray_apps.checkpoints import SNAPSHOT_FILE, fit, is_resumable, set_ray_train_defaults
+from ray_apps.checkpoints import SNAPSHOT_FILE, fit, is_resumable, prepare_determinism, set_ray_train_defaults
 from ray_apps.cluster import check_resources, connect
 from ray_apps.placements import TunePlacement
 
@@ -77,7 +79,7 @@ def tune_labeller(
     set_ray_train_defaults()
     settings_of_run = {
         "pairs": ray.put(pairs),
-        "recipe": recipe,
+        "recipe": _absolute(recipe),
         "placement": placement,
         "run_folder": os.path.join(storage, name),
         "salvaged": salvage(Path(storage, name)),
@@ -101,6 +103,12 @@ def tune_labeller(
     return TunedLabeller(result.checkpoint.path)
 
 
+def _absolute(recipe: LabellerRecipe) -> LabellerRecipe:
+    """The recipe with local paths made absolute, since workers run in another directory."""
+    local = {name: getattr(recipe, name) for name in ("model", "guideline") if os.path.exists(getattr(recipe, name))}
+    return dataclasses.replace(recipe, **{name: os.path.abspath(path) for name, path in local.items()})
+
+
 def salvage(run_folder: Path) -> str | None:
     """Makes a run's folder usable for Ray Train after a death in the middle of a write.
 
@@ -122,6 +130,7 @@ def _train_worker(given: dict[str, Any]) -> None:
     recipe: LabellerRecipe = given["recipe"]
     placement: TunePlacement = given["placement"]
     torch.set_num_threads(placement.threads_per_worker)
+    prepare_determinism()
     context, device = train.get_context(), get_device()
     pairs = ray.get(given["pairs"])
     encoder = PairEncoder(resolve_model(recipe.model), recipe, load_guideline(recipe.guideline))

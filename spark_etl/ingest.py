@@ -70,13 +70,20 @@ def read_rejected(spark: SparkSession, folders: Mapping[str, str], scratch: Path
     )
 
 
-def check_kept(counts: Mapping[str, Sequence[Tally]], folders: Mapping[str, str]) -> None:
+def check_kept(counts: Mapping[str, Sequence[Tally]], folders: Mapping[str, str], place: str) -> None:
     """Refuses data sets of which no product or no query is left.
+
+    Args:
+        place: where refused rows and their reasons are found.
 
     Raises:
         ValueError: naming the folder.
     """
     for table, part in ((CATALOG_PRODUCT.name, "catalog"), (QUERY.name, "queries")):
-        held = {count.dataset for count in counts[table] if count.num_kept}
-        for dataset in folders.keys() - held:
-            raise ValueError(f"{folders[dataset]}/{part}: is empty, it has no row that {table} can use; give rows")
+        by_dataset = {count.dataset: count for count in counts[table]}
+        for dataset, folder in folders.items():
+            count = by_dataset.get(dataset)
+            if count is None:
+                raise ValueError(f"{folder}/{part}: is empty; give rows")
+            if not count.num_kept:
+                raise ValueError(f"{folder}/{part}: all {count.num_rejected} rows are refused; see why in {place}")

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from conf.load import meaning, settings
-
-CandidateSource = Literal["annotated", "sampled", "mined", "engagement"]
+from lake.schemas import CandidateSource
 
 
 @settings

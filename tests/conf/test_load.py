@@ -130,3 +130,8 @@ def test_every_setting_of_every_job_says_what_it_means():
     for name in JOBS:
         for item in describe(importlib.import_module(f"jobs.{name}").Config):
             assert item.meaning, f"{name}: {item.key} has no meaning"
+
+
+def test_a_text_is_taken_as_typed_and_never_interpolated():
+    for path in ("/data/a #2", "pairs: a.csv", "${x}", "007"):
+        assert load(Config, {}, [f"lake={path}"]).lake == path

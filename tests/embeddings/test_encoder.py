@@ -57,8 +57,8 @@ def test_a_narrow_projection_is_the_normalised_head_of_the_vector(folder):
 
 
 def test_too_wide_a_projection_is_refused(folder):
-    with pytest.raises(ConfigError, match="at most the 32 dimensions"):
-        build_encoder(EncoderRecipe(model=folder, projection_width=33))
+    with pytest.raises(ConfigError, match="at most the 64 dimensions"):
+        build_encoder(EncoderRecipe(model=folder, projection_width=65))
 
 
 def test_saved_folder_gives_the_same_vectors_through_sentence_transformers(recipe, tmp_path):

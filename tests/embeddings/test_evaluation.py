@@ -62,9 +62,15 @@ def test_thresholds_are_the_best_of_all_by_kappa():
         predicted = (scores >= first).astype(int) + (scores >= second)
         return labeller_agreement(grades, predicted)["quadratic_weighted_kappa"]
 
-    cuts = np.unique(scores)
+    cuts = [*np.unique(scores), scores.max() + 1]
     best = max(kappa(a, b) for a in cuts for b in cuts if a <= b)
     assert kappa(low, high) == pytest.approx(best, abs=1e-3)
+
+
+def test_no_product_need_be_exact_where_no_judged_one_is():
+    low, high = fit_thresholds([0.1, 0.2, 0.8, 0.9], [0, 0, 1, 1])
+    assert 0.2 < low <= 0.8
+    assert high > 0.9
 
 
 def test_thresholds_need_two_grades():

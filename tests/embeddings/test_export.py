@@ -39,7 +39,7 @@ def test_card_says_how_to_encode(trained, tmp_path):
     export_encoder(trained[1], tmp_path / "out")
     readme = (tmp_path / "out" / "README.md").read_text()
     for part in (
-        "32 dimensions",
+        "64 dimensions",
         "stage2",
         "abc",
         "`by {brand}`",

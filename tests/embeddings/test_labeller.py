@@ -1,9 +1,10 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from conf.load import ConfigError
 from embeddings.guideline import ProductFields, load_guideline
@@ -65,6 +66,23 @@ def test_a_long_product_is_cut_and_the_query_and_the_prompts_end_are_not(tmp_pat
         assert len(short) < len(long) == encoder.max_tokens
         assert long[-1] == short[-1]
         assert encoder.tokenizer.decode(long).replace(" ", "").find("redshoe") >= 0
+
+
+def test_a_backbone_with_a_head_of_its_own_gets_a_fresh_one_of_three_classes(tmp_path):
+    for labels in (1, 3):
+        recipe = LabellerRecipe(model=str(tiny_bert_folder(tmp_path / f"head{labels}", labels)), max_tokens=64)
+        encoder = PairEncoder(recipe.model, recipe, load_guideline("v1"))
+        model = build_labeller(recipe, encoder, device="cpu")
+        trained = AutoModelForSequenceClassification.from_pretrained(recipe.model)
+        assert model.backbone.classifier.out_features == 3
+        assert labels == 1 or not torch.equal(model.backbone.classifier.weight, trained.classifier.weight)
+        assert torch.equal(
+            model.backbone.bert.embeddings.word_embeddings.weight, trained.bert.embeddings.word_embeddings.weight
+        )
+        save_weights(model, encoder, tmp_path / f"saved{labels}")
+        kept = json.loads((tmp_path / f"saved{labels}" / "config.json").read_text())
+        # without it engines would take the activation that a cross-encoder's folder names
+        assert kept["problem_type"] == "single_label_classification"
 
 
 def test_the_generative_kind_gives_the_masked_softmax_of_the_model_itself(tmp_path):

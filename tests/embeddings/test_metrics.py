@@ -15,7 +15,6 @@ from embeddings.metrics import (
     ndcg,
     paired_bootstrap,
     per_query_metrics,
-    rank_products,
 )
 
 JUDGED_10 = ir_measures.Judged @ 10
@@ -97,25 +96,6 @@ def test_rankings_that_do_not_fit_the_judgements_are_refused(ranking, judged_ran
 def test_ndcg_without_an_ideal_gain_is_refused():
     with pytest.raises(ValueError, match="leave such queries out"):
         ndcg([0.0, 0.0], [0.0], 10)
-
-
-@given(
-    st.lists(st.sampled_from([-1.0, 0.0, 0.5]), min_size=1, max_size=12).flatmap(
-        lambda scores: st.tuples(st.just(scores), st.permutations([f"id{i}" for i in range(len(scores))]))
-    )
-)
-def test_equal_scores_rank_by_product_id(case):
-    scores, ids = case
-    order = rank_products(np.array([scores, scores[::-1]], dtype=np.float32), ids)
-    for row, values in zip(order, (scores, scores[::-1]), strict=True):
-        assert row.tolist() == sorted(range(len(ids)), key=lambda at: (-values[at], ids[at]))
-
-
-def test_ranking_refuses_nan_and_missing_ids():
-    with pytest.raises(ValueError, match="nan"):
-        rank_products(np.array([[0.1, np.nan]]), ["a", "b"])
-    with pytest.raises(ValueError, match="column per id"):
-        rank_products(np.array([[0.1, 0.2]]), ["a"])
 
 
 def test_bootstrap_covers_the_mean_as_often_as_it_says():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from conf.load import ConfigError, validate
-from embeddings.mining import HardCandidate, MiningRecipe, assign_bands, keep_by_grade, select_candidates
+from embeddings.mining import HardCandidate, MiningRecipe, assign_bands, select_candidates
 
 KEY = ("shop", "q1")
 PRODUCTS = [f"p{rank}" for rank in range(1, 21)]
@@ -88,18 +88,6 @@ def test_every_ungraded_product_of_a_band_can_be_drawn():
         c.product_id for q in range(200) for c in select_candidates(("shop", str(q)), PRODUCTS, {}, recipe=recipe())
     }
     assert drawn == set(PRODUCTS)
-
-
-def test_hard_pairs_are_irrelevant_at_the_top_and_relevant_in_the_tail():
-    bands = ["top", "top", "top", "tail", "tail", "tail"]
-    assert keep_by_grade(bands, [0, 1, 2, 0, 1, 2]).tolist() == [True, False, False, False, True, True]
-    assert keep_by_grade("tail", 1)
-
-
-@pytest.mark.parametrize(("band", "grade"), [("top", -1), ("middle", 0), ("tail", 3)])
-def test_unknown_bands_and_grades_are_refused(band, grade):
-    with pytest.raises(ValueError, match="keep_by_grade"):
-        keep_by_grade([band], [grade])
 
 
 @pytest.mark.parametrize("wrong", [{"depth": 1}, {"depth": 4096}, {"skip_top": -1}, {"depht": 100}])

@@ -179,7 +179,7 @@ def _ddp_worker(rank, model, place):
 def test_metrics_of_a_step_are_those_of_the_drawn_texts(build):
     trainer = build(TrainRecipe(max_steps=10, batch=BATCH, warmup_share=0.5))
     metrics = trainer.train_step(0)
-    assert metrics["temperature"] == pytest.approx(0.05)
+    assert metrics["temperature"] == pytest.approx(0.2)
     assert metrics["learning_rate"] == pytest.approx(5e-5 / 5)
     assert 4 + 4 < metrics["num_texts"] <= 4 + 4 * 4
     assert all(-1 <= metrics[f"similarity_grade_{grade}"] <= 1 for grade in range(3))
@@ -233,7 +233,7 @@ def test_validation_ndcg_equals_the_value_by_hand(monkeypatch):
         Instance(("s", "2"), "r", ["c"], np.array([0], dtype=np.int8)),
     ]
     validation = build_validation(instances)
-    assert validation.queries == ["q"]
+    assert [one.queries for one in validation] == [["q"]]
     cosine = {"q": 1.0, "a": 0.8, "b": 0.9, "c": 0.1}
     monkeypatch.setattr(
         "embeddings.validation.encode",
@@ -241,7 +241,13 @@ def test_validation_ndcg_equals_the_value_by_hand(monkeypatch):
     )
     expected = (0.5 + 1 / math.log2(3)) / (1 + 0.5 / math.log2(3))
     assert validation_ndcg(None, validation) == pytest.approx(expected)
-    assert build_validation(instances[1:]).queries == []
+    assert build_validation(instances[1:]) == []
+
+
+def test_validation_queries_search_the_products_of_their_own_data_set():
+    grades = np.array([2, 0], dtype=np.int8)
+    shops = [Instance((name, "1"), "q", [f"{name} lamp", f"{name} hose"], grades) for name in ("b", "a")]
+    assert [one.catalogue for one in build_validation(shops)] == [["a hose", "a lamp"], ["b hose", "b lamp"]]
 
 
 def test_texts_are_grouped_by_length_and_every_text_once():

@@ -161,3 +161,44 @@ def test_a_folder_outside_the_lake_is_not_mistaken_for_one_inside(tmp_path, monk
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "f").write_text(text)
     assert job._pinned(Lake("lake"), Outside(root="raw")) == {"root": job.content_hash("raw")}
+
+
+def test_what_is_hidden_in_a_folder_and_a_lake_inside_it_are_no_content(tmp_path):
+    (tmp_path / "data.csv").write_text("a")
+    plain = job.content_hash(str(tmp_path))
+    for name in (".venv", "lake"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("b")
+    (tmp_path / ".run").write_text("c")
+    assert job.content_hash(str(tmp_path), without=str(tmp_path / "lake")) == plain
+    assert job.content_hash(str(tmp_path)) != plain
+
+
+@settings
+class ModelRecipe:
+    model: Annotated[str, meaning("name or folder")] = "all-MiniLM-L6-v2"
+
+
+def test_a_local_model_of_the_recipe_enters_by_its_content(tmp_path):
+    (tmp_path / "bert").mkdir()
+    prints = []
+    for weights in ("one", "two"):
+        (tmp_path / "bert" / "weights").write_text(weights)
+        opened = job.begin(config(tmp_path, recipe=ModelRecipe(model=str(tmp_path / "bert"))), "tune")
+        prints.append(opened.fingerprint)
+        assert "recipe.model" in opened.inputs
+    assert prints[0] != prints[1]
+    assert not job.begin(config(tmp_path, recipe=ModelRecipe()), "tune").inputs
+
+
+def test_an_input_that_was_left_out_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"inputs\.query is empty; give inputs\.query=newest"):
+        job.begin(config(tmp_path), "mine").inputs["query"]
+
+
+def test_a_broken_pipe_inside_a_job_is_a_failure(capsys):
+    def broken():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert job.guarded(broken) == job.FAILED
+    assert "Broken pipe" in capsys.readouterr().err

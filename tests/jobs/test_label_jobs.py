@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -14,7 +15,7 @@ from embeddings.labeller_model import build_labeller, save_weights
 from jobs import label_file, label_pairs, tune_labeller
 from lake import tables
 from lake.schemas import ANNOTATION_CONSENSUS, CANDIDATE_PAIR, CATALOG_PRODUCT, PAIR_GRADE, QUARANTINE, QUERY
-from lake.storage import Lake
+from lake.storage import Lake, LakeError
 from ray_apps.cluster import RayPlacement
 from ray_apps.placements import LabelPlacement, TunePlacement
 from tests.tiny_models import tiny_bert_folder
@@ -153,6 +154,28 @@ def test_answers_that_are_no_distribution_are_quarantined_and_too_many_fail_the_
     assert len(ledger(shop)) == 48
 
 
+def test_a_run_that_goes_on_meets_no_stricter_gate(shop, labeller, monkeypatch):
+    def broken(pairs, folder, placement):
+        yield pa.table(
+            {"address": pairs["address"]} | {f"p{g}": [float("nan")] + [1 / 3] * (len(pairs) - 1) for g in range(3)}
+        )
+
+    monkeypatch.setattr(ray_apps.label, "label_pairs", broken)
+    config = dataclasses.replace(config_of(shop, labeller), recipe=label_pairs.LabelRecipe(max_rejected_fraction=0.05))
+    for _ in range(2):  # 1 of 54, and then again that one, which alone is asked
+        assert label_pairs.run(config).counts["rejected"] == 1
+
+
+def test_only_candidates_of_the_sources_are_graded(shop, labeller):
+    config = dataclasses.replace(config_of(shop, labeller), recipe=label_pairs.LabelRecipe(sources=("mined",)))
+    assert label_pairs.run(config).counts["candidates"] == 1
+
+
+def test_without_a_labeller_the_newest_is_taken_or_missed_by_name(shop):
+    with pytest.raises(LakeError, match="holds no labeller"):
+        label_pairs.run(config_of(shop, ""))
+
+
 def test_a_labeller_that_is_not_there_is_named(shop):
     with pytest.raises(ConfigError, match=r"inputs.labeller='none': no such folder"):
         label_pairs.run(config_of(shop, "none"))
@@ -220,6 +243,24 @@ def test_a_file_keeps_its_columns_and_gets_grades_and_reasons(lake, labeller, tm
     assert [row["grade"] is None for row in written] == [False, True, True]
     assert sum(float(written[0][name]) for name in ("p0", "p1", "p2")) == pytest.approx(1)
     assert [row["reason"] for row in written] == [None, "query is empty", "query is longer than 1000 characters"]
+
+
+def test_json_values_are_kept_as_they_came(tmp_path):
+    rows = [
+        {"query": "2024-01-01", "title": "calendar", "day": "2024-01-01", "sku": "1", "big": 2**70, "tags": ["a"]},
+        {"query": "lamp", "title": "lamp", "day": None, "sku": 2, "big": 1, "tags": []},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    table = label_file.read_pairs(str(tmp_path / "pairs.jsonl"))
+
+    assert table["day"].to_pylist() == ["2024-01-01", None]
+    assert table["query"].to_pylist() == ["2024-01-01", "lamp"]
+    assert table["sku"].to_pylist() == ["1", "2"]
+    assert table["big"].to_pylist() == [str(2**70), "1"]
+    assert table["tags"].to_pylist() == [["a"], []]
+    with pytest.raises(ConfigError, match="CSV cannot hold column 'tags'"):
+        label_file.check_out("out.csv", table)
 
 
 def test_a_file_without_a_title_ends_in_one_sentence(lake, labeller, tmp_path):

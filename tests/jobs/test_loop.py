@@ -1,8 +1,8 @@
 import pytest
 
 from conf.load import ConfigError, list_settings
-from jobs import loop
-from lake.storage import LakeError
+from jobs import loop, models
+from lake.storage import Lake, LakeError
 
 
 def test_the_settings_of_the_loop_are_those_promised_and_their_steps_exist(tmp_path):
@@ -39,3 +39,29 @@ def test_a_lake_that_cannot_be_written_is_said_at_once(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(LakeError, match="cannot write there"):
         loop.run(loop.load_config("demo", [f"lake={tmp_path}/file/lake"]))
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "steps.sample_pairs.recipe.sources=[mined]",
+        "steps.train_stage1.inputs.query=3",
+        "steps.mine_hard_pairs.inputs.model=there",
+        "steps.ingest.lake=elsewhere",
+        "inputs.root=.",
+    ],
+)
+def test_what_the_loop_sets_itself_is_refused_and_not_overruled(tmp_path, word):
+    config = loop.load_config("demo", [f"lake={tmp_path}/lake", word])
+    with pytest.raises(ConfigError, match="the loop"):
+        loop.run(config)
+    assert not (tmp_path / "lake" / "raw").exists()
+
+
+def test_the_models_of_the_last_loop_are_found_by_their_names(tmp_path):
+    lake = Lake(str(tmp_path))
+    (tmp_path / "models" / "encoder" / "f").mkdir(parents=True)
+    models.choose(lake, {"stage2": "models/encoder/f", "labeller": "models/labeller/gone"})
+    assert models.encoder_folder(lake, "stage2") == lake.path("models/encoder/f")
+    with pytest.raises(LakeError, match="holds no labeller"):
+        models.labeller_folder(lake)

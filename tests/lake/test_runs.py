@@ -76,3 +76,16 @@ def test_records_of_an_empty_lake_are_none(lake):
     assert runs.records(lake) == []
     tables.create(lake, RUN_RECORD)
     assert runs.records(lake) == []
+
+
+def test_a_raw_folder_that_a_killed_run_replaced_makes_no_run_current(lake):
+    folder = Path(lake.path("raw", "market"))
+    folder.mkdir(parents=True)
+    run = runs.Run(lake, "import", "dev", "one", runs.Inputs(), Recipe())
+    run.claim("raw/market")
+    run.finish(rows=1, outputs={"raw/market": "raw/market"})
+    assert runs.current(lake, "import", "one") is not None
+    (folder / runs.OWNER_FILE).unlink()  # a fresh folder was put there, and its run died before it claimed it
+    assert runs.current(lake, "import", "one") is None
+    runs.Run(lake, "import", "dev", "two", runs.Inputs(), Recipe()).claim("raw/market")
+    assert runs.current(lake, "import", "one") is None
