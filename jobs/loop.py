@@ -198,12 +198,20 @@ def _check_own(step: Step, own: Mapping[str, Any]) -> None:
         ConfigError: naming the first.
     """
     pinned = {"inputs": dict.fromkeys([*TABLES, "raw", *(name for name, _ in step.takes)])}
-    taken = {"lake": None, "setting": None} | _merge(pinned, step.fixed)
+    taken = _first_shared(own, {"lake": None, "setting": None} | _merge(pinned, step.fixed))
+    if taken:
+        raise ConfigError(f"steps.{step.name}.{taken}: the loop sets this itself; leave it out")
+
+
+def _first_shared(own: Mapping[str, Any], held: Mapping[str, Any]) -> str:
+    """The first leaf that both have, as a dotted key; empty where there is none."""
     for key, value in own.items():
-        held = taken.get(key, {})
-        names = [key] if not isinstance(held, Mapping) else [f"{key}.{name}" for name in value if name in held]
-        if names:
-            raise ConfigError(f"steps.{step.name}.{names[0]}: the loop sets this itself; leave it out")
+        if key in held:
+            both = isinstance(value, Mapping) and isinstance(held[key], Mapping)
+            below = _first_shared(value, held[key]) if both else ""
+            if not both or below:
+                return f"{key}.{below}" if below else key
+    return ""
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

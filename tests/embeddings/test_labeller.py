@@ -1,4 +1,3 @@
-import dataclasses
 import json
 
 import numpy as np
@@ -146,9 +145,8 @@ def test_adapters_are_merged_into_a_plain_folder(tmp_path):
     expected = plain_probabilities(trainer.model, pairs)
     save_weights(trainer.model, encoder, tmp_path / "merged")
 
-    again = build_labeller(
-        dataclasses.replace(recipe, model=str(tmp_path / "merged"), tuning="full"), encoder, device="cpu"
-    )
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    again = GradeModel(merged, encoder)
 
     np.testing.assert_allclose(plain_probabilities(again, pairs), expected, atol=1e-5)
 
