@@ -33,6 +33,8 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
+_QUOTED = re.compile(r"'.*'|\".*\"", re.DOTALL)
+
 STRICT = {"strict": True, "extra": "forbid"}
 """Give it to every config dataclass as `__pydantic_config__`; `settings` does so."""
 
@@ -105,7 +107,7 @@ def load(
 ) -> ConfigT:
     """Merges values with dotted `key=value` overrides and validates them as `cls`.
 
-    The right side is YAML, but for settings that are text: a path is taken as it was typed.
+    The right side is YAML, but for settings that are text: unless it is quoted, a path is taken as it was typed.
 
     Raises:
         ConfigError: unknown key, wrong type or out-of-range value.
@@ -119,7 +121,8 @@ def load(
             raise ConfigError(f"command line: expected key=value, got {override!r}")
         origin[key] = "command line"
         try:
-            value = text if key in texts or not text else yaml.load(text, _Loader)
+            is_typed = not text or (key in texts and not _QUOTED.fullmatch(text))
+            value = text if is_typed else yaml.load(text, _Loader)
             OmegaConf.update(merged, key, value, merge=True)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"command line: {key}: {_first_line(error)}") from error

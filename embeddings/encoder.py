@@ -107,7 +107,7 @@ def encode(
     texts: Sequence[str],
     side: Side,
     *,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 4096,
     bf16: bool = False,
 ) -> NDArray[np.float32]:
     """Normalised vectors [N, D], float32, in the order of the texts; equal texts are encoded once.

@@ -36,7 +36,7 @@ from lake.schemas import Grade
 BUCKET_BATCHES = 16
 """Pairs of similar length are drawn together from windows of this many batches, which halves the padding."""
 
-MAX_BATCH_TOKENS = 8192
+MAX_BATCH_TOKENS = 4096
 """Tokens of a batch when only probabilities are wanted, padding included."""
 
 

@@ -21,8 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-_DEFAULT_ROWS = 20_000
-"""Products of a shard unless told otherwise: about half a minute of encoding on two cores, so little is lost."""
+_DEFAULT_ROWS = 5_000
+"""Products of a shard unless told otherwise: a minute of encoding on two cores, so little is lost, and progress shows
+every minute."""
 _PAIR_BLOCK = 16_384
 """Pairs scored at once: 50 MB of float64 at width 384."""
 
@@ -53,7 +54,7 @@ def plan_shards(folder: str | Path, num_products: int, num_shards: int) -> list[
     Args:
         folder: where their files lie or will lie.
         num_products: size of the catalogue.
-        num_shards: at most one per product; 0 takes one per 20,000 products.
+        num_shards: at most one per product; 0 takes one per 5,000 products.
     """
     wanted = num_shards or -(-num_products // _DEFAULT_ROWS)
     count = max(1, min(wanted, num_products))

@@ -33,7 +33,7 @@ class Inputs:
 class EmbedRecipe:
     """How the catalogue is cut."""
 
-    num_shards: Annotated[int, meaning("shard files per data set; 0: one per 20,000 products", "shards", ge=0)] = 0
+    num_shards: Annotated[int, meaning("shard files per data set; 0: one per 5,000 products", "shards", ge=0)] = 0
 
 
 @settings
@@ -44,7 +44,7 @@ class EmbedPlacement:
     num_workers: Annotated[int, meaning("actors that hold the encoder", ge=1)] = 1
     threads_per_worker: Annotated[int, meaning("CPUs and threads of each", "CPUs", ge=1)] = 2
     use_gpu: Annotated[bool, meaning("one GPU per actor")] = False
-    batch_tokens: Annotated[int, meaning("padded tokens of a forward pass", "tokens", ge=128)] = 8192
+    batch_tokens: Annotated[int, meaning("padded tokens of a forward pass", "tokens", ge=128)] = 4096
 
 
 @settings

@@ -53,8 +53,10 @@ class Config:
 
 def run(config: Config) -> RunRecord:
     """All columns of the file plus grade, p0, p1 and p2, and reason where any row could not be graded."""
+    if Path(config.out).suffix not in FORMATS:
+        raise ConfigError(f"out={config.out!r}: expected a name that ends in {', '.join(FORMATS)}")
     table = read_pairs(config.inputs.file)
-    check_out(config.out, table)
+    check_columns(config.out, table)
     current = job.begin(config, "label_file")
     folder = config.inputs.labeller and job.find_path(current.lake, config.inputs.labeller)
     folder = folder or (config.inputs.labeller or models.labeller_folder(current.lake))
@@ -141,14 +143,12 @@ def _json_column(values: list[Any]) -> pa.Array:
         return pa.array(texts, pa.string())
 
 
-def check_out(out: str, table: pa.Table) -> None:
-    """Refuses a file that could not be written, before anything is graded.
+def check_columns(out: str, table: pa.Table) -> None:
+    """Refuses columns that could not be written, before anything is graded.
 
     Raises:
-        ConfigError: the name's ending is no format, or the format cannot hold a column.
+        ConfigError: the format of `out` cannot hold one.
     """
-    if Path(out).suffix not in FORMATS:
-        raise ConfigError(f"out={out!r}: expected a name that ends in {', '.join(FORMATS)}")
     nested = [field.name for field in table.schema if pa.types.is_nested(field.type)]
     if Path(out).suffix == ".csv" and nested:
         raise ConfigError(f"out={out}: CSV cannot hold column {nested[0]!r}, which has lists or objects; give .jsonl")

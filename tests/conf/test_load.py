@@ -135,3 +135,4 @@ def test_every_setting_of_every_job_says_what_it_means():
 def test_a_text_is_taken_as_typed_and_never_interpolated():
     for path in ("/data/a #2", "pairs: a.csv", "${x}", "007"):
         assert load(Config, {}, [f"lake={path}"]).lake == path
+    assert load(Config, {}, ["lake='007'"]).lake == load(Config, {}, ['lake="007"']).lake == "007"

@@ -14,7 +14,15 @@ from embeddings.labeller import LabellerRecipe, PairEncoder, save_labeller
 from embeddings.labeller_model import build_labeller, save_weights
 from jobs import label_file, label_pairs, tune_labeller
 from lake import tables
-from lake.schemas import ANNOTATION_CONSENSUS, CANDIDATE_PAIR, CATALOG_PRODUCT, PAIR_GRADE, QUARANTINE, QUERY
+from lake.schemas import (
+    ANNOTATION_CONSENSUS,
+    CANDIDATE_PAIR,
+    CATALOG_PRODUCT,
+    HUMAN_ANNOTATION,
+    PAIR_GRADE,
+    QUARANTINE,
+    QUERY,
+)
 from lake.storage import Lake, LakeError
 from ray_apps.cluster import RayPlacement
 from ray_apps.placements import LabelPlacement, TunePlacement
@@ -57,6 +65,7 @@ def shop(lake):
         for p in range(4)
     ]
     put(lake, ANNOTATION_CONSENSUS, marks)
+    put(lake, HUMAN_ANNOTATION, [row | {"mark_number": 1, "mark": "m", "scale": "s"} for row in marks])
     candidates = [
         {"dataset": "s", "query_id": f"q{q}", "product_id": f"p{p}", "source": "sampled"}
         for q in range(6)
@@ -260,7 +269,7 @@ def test_json_values_are_kept_as_they_came(tmp_path):
     assert table["big"].to_pylist() == [str(2**70), "1"]
     assert table["tags"].to_pylist() == [["a"], []]
     with pytest.raises(ConfigError, match="CSV cannot hold column 'tags'"):
-        label_file.check_out("out.csv", table)
+        label_file.check_columns("out.csv", table)
 
 
 def test_a_file_without_a_title_ends_in_one_sentence(lake, labeller, tmp_path):
