@@ -76,7 +76,11 @@ class TrainWorker:
         self.first_step = self.trainer.step
 
     def run(self) -> None:
-        """All steps that are left; the model of step 0 is measured too, since training may not improve on it."""
+        """All steps that are left; the model of step 0 is measured too, since training may not improve on it.
+
+        In stage 1 it may be the one that is kept. In stage 2 it is stage 1's, which is published already: kept again,
+        it would hide what stage 2 does to ranking and separation.
+        """
         recipe, last = self.task.recipe, self.trainer.num_steps
         if self.start is None:
             self.report({}, is_measured=True)
@@ -96,7 +100,9 @@ class TrainWorker:
         score = _NOT_MEASURED
         if is_measured and self.validation:
             score = validation_ndcg(self.trainer.model, self.validation, bf16=self.trainer.bf16)
-        self.start = score if self.start is None else self.start
+        if self.start is None:
+            self.start = score
+            score = score if self.task.recipe.stage == 1 else _NOT_MEASURED
         with tempfile.TemporaryDirectory(prefix="assay-checkpoint-") as place:
             torch.save({"trainer": self.trainer.state_dict(), "start": self.start}, Path(place, _STATE_FILE))
             if is_measured:
