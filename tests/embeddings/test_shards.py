@@ -13,7 +13,7 @@ def written(folder, vectors, num_shards):
     return shards
 
 
-@pytest.mark.parametrize(("num_products", "num_shards", "sizes"), [(7, 3, [2, 2, 3]), (2, 5, [1, 1]), (40_001, 0, 3)])
+@pytest.mark.parametrize(("num_products", "num_shards", "sizes"), [(7, 3, [2, 2, 3]), (2, 5, [1, 1]), (10_001, 0, 3)])
 def test_shards_are_contiguous_and_differ_by_at_most_one(tmp_path, num_products, num_shards, sizes):
     shards = plan_shards(tmp_path, num_products, num_shards)
     assert [shard.num_rows for shard in shards] == sizes if isinstance(sizes, list) else len(shards) == sizes
