@@ -1,8 +1,9 @@
-"""Gives pairs their texts: what tuning and labelling read of queries and products."""
+"""What tuning, labelling and training read of the lake: train queries, their instances, the texts of pairs."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import pyarrow as pa
@@ -12,8 +13,10 @@ from embeddings.text import normalise_query
 from jobs import job, models
 from lake import tables
 from lake.runs import Run
-from lake.schemas import CATALOG_PRODUCT, QUERY, TableSpec
+from lake.schemas import CATALOG_PRODUCT, QUERY, TRAINING_INSTANCE, TableSpec
 from lake.storage import Lake
+
+log = logging.getLogger(__name__)
 
 PAIR = ["dataset", "query_id", "product_id"]
 TEXTS = ["title", "brand", "category", "description", "attributes"]
@@ -37,20 +40,40 @@ def with_texts(current: Run, pairs: pa.Table) -> pa.Table:
     return joined.sort_by([(name, "ascending") for name in PAIR])
 
 
-def leaking_queries(current: Run) -> set[tuple[str, str]]:
-    """Train queries that the encoder reads as it reads some query of another split: (dataset, query_id).
+def train_queries(current: Run) -> set[tuple[str, str]]:
+    """Train queries, but those that the encoder reads as it reads some query of another split: (dataset, query_id).
 
     Splits go by a normal form that Spark computes, without NFKC; the encoder's has it, so that full-width letters,
     for one, are two queries there and one here.
     """
     names = ["dataset", "query_id", "text", "split"]
-    rows = list(zip(*(read(current, QUERY, names)[name].to_pylist() for name in names), strict=True))
+    queries = read(current, QUERY, names)
+    rows = list(zip(*(queries[name].to_pylist() for name in names), strict=True))
     held_out = {normalise_query(text) for _, _, text, split in rows if split != "train"}
     return {
         (dataset, query_id)
         for dataset, query_id, text, split in rows
-        if split == "train" and normalise_query(text) in held_out
+        if split == "train" and normalise_query(text) not in held_out
     }
+
+
+def train_instances(current: Run, stage: int) -> list[dict[str, Any]]:
+    """Instances of a stage whose queries are train queries now, by key, however the table was written.
+
+    The splits may have changed since the instances were built.
+    """
+    version = int(current.inputs[TRAINING_INSTANCE.name])
+    rows = tables.rows(current.lake, TRAINING_INSTANCE, version=version, where=[("stage", "=", stage)])
+    ordered = rows.sort_by([("dataset", "ascending"), ("query_id", "ascending")]).to_pylist()
+    is_train = train_queries(current)
+    kept = [row for row in ordered if (row["dataset"], row["query_id"]) in is_train]
+    if len(kept) < len(ordered):
+        log.warning(
+            "%s: %d instances left out: no train queries now, or the same text as a query of another split",
+            current.job,
+            len(ordered) - len(kept),
+        )
+    return kept
 
 
 def with_newest_labeller(config: Any) -> Any:

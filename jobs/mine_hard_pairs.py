@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from conf.load import meaning, settings
 from embeddings.mining import MiningRecipe, select_candidates
-from jobs import job
+from jobs import job, labelling
 from jobs.embed_catalog import Catalog, EmbedPlacement, EmbedRecipe, embed, encoder_folder, read_catalogs
 from lake import tables
-from lake.runs import Run, RunRecord
-from lake.schemas import MINED_PAIR, QUERY, TRAINING_INSTANCE
+from lake.runs import RunRecord
+from lake.schemas import MINED_PAIR
 from lake.storage import Lake, LakeError
 
 if TYPE_CHECKING:
@@ -75,7 +75,9 @@ def run(config: Config) -> RunRecord:
     folder = encoder_folder(Lake(config.lake), config.inputs.model, "inputs.model")
     current = job.begin(config, "mine_hard_pairs")
     model, recipe = current.inputs["model"], config.recipe
-    instances = _train_instances(current)
+    instances: dict[str, list[dict[str, Any]]] = {}
+    for row in labelling.train_instances(current, stage=1):
+        instances.setdefault(row["dataset"], []).append(row)
     if not instances:
         raise LakeError(f"training_instance: lake={config.lake} has no stage 1 instances; run build_instances first")
     catalogs = read_catalogs(current.lake, int(current.inputs["catalog_product"]), sorted(instances))
@@ -105,26 +107,6 @@ def run(config: Config) -> RunRecord:
     counts = {f"{band}_pairs": sum(row["band"] == band for row in rows) for band in ("top", "tail")}
     counts["queries"] = sum(len(own) for own in instances.values())
     return current.finish(rows=len(rows), outputs={"mined_pair": version}, counts=counts)
-
-
-def _train_instances(current: Run) -> dict[str, list[dict[str, Any]]]:
-    """Stage 1 instances of train queries by data set, in the order of their ids."""
-    version = int(current.inputs["query"])
-    split = tables.rows(
-        current.lake, QUERY, version=version, columns=["dataset", "query_id"], where=[("split", "=", "train")]
-    )
-    is_train = set(zip(split["dataset"].to_pylist(), split["query_id"].to_pylist(), strict=True))
-    rows = tables.rows(
-        current.lake,
-        TRAINING_INSTANCE,
-        version=int(current.inputs["training_instance"]),
-        where=[("stage", "=", 1)],
-    )
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in rows.sort_by([("dataset", "ascending"), ("query_id", "ascending")]).to_pylist():
-        if (row["dataset"], row["query_id"]) in is_train:
-            found.setdefault(row["dataset"], []).append(row)
-    return found
 
 
 def _searched(catalog: Catalog, instances: Sequence[Mapping[str, Any]], scope: str) -> NDArray[np.bool_]:

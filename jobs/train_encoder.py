@@ -17,7 +17,7 @@ from embeddings.text import TextRecipe, normalise_query, product_text
 from jobs import job, labelling
 from lake import tables
 from lake.runs import Run, RunRecord
-from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, QUERY, TRAINING_INSTANCE
+from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, QUERY
 from ray_apps.cluster import RayPlacement, connect
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,8 @@ def run(config: Config) -> RunRecord:
         raise ConfigError(f"inputs.model={config.inputs.model!r}: no such folder in the lake or elsewhere")
     encoder, text = _recipes(config.recipe, start)
     texts = _product_texts(current, text)
-    instances, validation = _training_instances(current, stage, texts), _validation(current, texts)
+    rows, validation = labelling.train_instances(current, stage), _validation(current, texts)
+    instances = [_instance(row, row["query"], row["product_ids"], row["grades"], texts) for row in rows]
     log.info("train_encoder: stage %d, %d instances, %d validation queries", stage, len(instances), len(validation))
     encoder_path, pretrained_path = f"models/encoder/{current.fingerprint}", f"models/pretrained/{current.fingerprint}"
     task = app.TrainTask(
@@ -131,29 +132,6 @@ def _product_texts(current: Run, recipe: TextRecipe) -> Texts:
         (dataset, product_id): product_text(title, brand, category, description, recipe)
         for dataset, product_id, title, brand, category, description in zip(*columns, strict=True)
     }
-
-
-def _training_instances(current: Run, stage: int, texts: Texts) -> list[Instance]:
-    rows = tables.rows(
-        current.lake,
-        TRAINING_INSTANCE,
-        version=int(current.inputs["training_instance"]),
-        where=[("stage", "=", stage)],
-    )
-    # by key, so that the order does not depend on how the table was written
-    ordered = rows.sort_by([("dataset", "ascending"), ("query_id", "ascending")]).to_pylist()
-    # the splits may have changed since the instances were built
-    names, where = ["dataset", "query_id"], [("split", "=", "train")]
-    queries = tables.rows(current.lake, QUERY, version=int(current.inputs["query"]), columns=names, where=where)
-    is_train = set(zip(*(queries[name].to_pylist() for name in names), strict=True))
-    is_train -= labelling.leaking_queries(current)
-    kept = [row for row in ordered if (row["dataset"], row["query_id"]) in is_train]
-    if len(kept) < len(ordered):
-        log.warning(
-            "train_encoder: %d instances left out: no train queries now, or the same text as a query of another split",
-            len(ordered) - len(kept),
-        )
-    return [_instance(row, row["query"], row["product_ids"], row["grades"], texts) for row in kept]
 
 
 def _validation(current: Run, texts: Texts) -> list[Instance]:

@@ -119,9 +119,10 @@ def baselines(human: pa.Table, recipe: LabellerRecipe) -> dict[str, float]:
 
 def without_leaks(current: Run, pairs: pa.Table) -> pa.Table:
     """The pairs but those of train queries that read like a query of another split."""
-    leaking = labelling.leaking_queries(current)
-    keys = zip(pairs["dataset"].to_pylist(), pairs["query_id"].to_pylist(), strict=True)
-    return pairs.filter(pa.array([key not in leaking for key in keys], pa.bool_()))
+    is_train = labelling.train_queries(current)
+    keys = zip(pairs["dataset"].to_pylist(), pairs["query_id"].to_pylist(), pairs["split"].to_pylist(), strict=True)
+    kept = [split != "train" or (dataset, query_id) in is_train for dataset, query_id, split in keys]
+    return pairs.filter(pa.array(kept, pa.bool_()))
 
 
 def random_irrelevant(current: Run, human: pa.Table, recipe: LabellerRecipe) -> pa.Table:
