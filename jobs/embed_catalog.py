@@ -48,6 +48,15 @@ class EmbedPlacement:
 
 
 @settings
+class SearchPlacement:
+    """Where encoding and search run, for jobs that do both."""
+
+    embed: EmbedPlacement = EmbedPlacement()
+    num_search_actors: Annotated[int, meaning("actors that hold FAISS shards; at most one per shard", ge=1)] = 2
+    threads_per_search_actor: Annotated[int, meaning("CPUs and threads of each", "CPUs", ge=1)] = 1
+
+
+@settings
 class Config:
     """Settings of embed_catalog."""
 

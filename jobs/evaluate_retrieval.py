@@ -19,7 +19,7 @@ from embeddings.recipes import EncoderRecipe
 from embeddings.shards import Shard, pair_scores
 from embeddings.text import TextRecipe
 from jobs import job
-from jobs.embed_catalog import EmbedPlacement, EmbedRecipe, embed, encoder_folder
+from jobs.embed_catalog import EmbedRecipe, SearchPlacement, embed, encoder_folder
 from jobs.judged_queries import READ, Judged, import_mapped, read_judged
 from lake import tables
 from lake.runs import Run, RunRecord
@@ -58,15 +58,6 @@ class EvaluationRecipe:
 
 
 @settings
-class Placement:
-    """Where encoding and search run."""
-
-    embed: EmbedPlacement = EmbedPlacement()
-    num_search_actors: Annotated[int, meaning("actors that hold FAISS shards; at most one per shard", ge=1)] = 2
-    threads_per_search_actor: Annotated[int, meaning("CPUs and threads of each", "CPUs", ge=1)] = 1
-
-
-@settings
 class Config:
     """Settings of evaluate_retrieval."""
 
@@ -75,7 +66,7 @@ class Config:
     model: Annotated[str, meaning("the same as inputs.model")] = ""
     inputs: Inputs = Inputs()
     recipe: EvaluationRecipe = EvaluationRecipe()
-    placement: Placement = Placement()
+    placement: SearchPlacement = SearchPlacement()
 
     def __post_init__(self) -> None:
         if self.model:

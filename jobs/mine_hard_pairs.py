@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from conf.load import meaning, settings
 from embeddings.mining import MiningRecipe, select_candidates
 from jobs import job, labelling
-from jobs.embed_catalog import Catalog, EmbedPlacement, EmbedRecipe, embed, encoder_folder, read_catalogs
+from jobs.embed_catalog import Catalog, EmbedRecipe, SearchPlacement, embed, encoder_folder, read_catalogs
 from lake import tables
 from lake.runs import RunRecord
 from lake.schemas import MINED_PAIR
@@ -49,15 +49,6 @@ class HardPairRecipe:
 
 
 @settings
-class Placement:
-    """Where encoding and search run."""
-
-    embed: EmbedPlacement = EmbedPlacement()
-    num_search_actors: Annotated[int, meaning("actors that hold FAISS shards; at most one per shard", ge=1)] = 2
-    threads_per_search_actor: Annotated[int, meaning("CPUs and threads of each", "CPUs", ge=1)] = 1
-
-
-@settings
 class Config:
     """Settings of mine_hard_pairs."""
 
@@ -65,7 +56,7 @@ class Config:
     setting: job.SettingName = "dev"
     inputs: Inputs = Inputs()
     recipe: HardPairRecipe = HardPairRecipe()
-    placement: Placement = Placement()
+    placement: SearchPlacement = SearchPlacement()
 
 
 def run(config: Config) -> RunRecord:

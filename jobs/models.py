@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from conf.load import ConfigError
 from lake import runs
 from lake.runs import RunRecord
-from lake.storage import Lake, LakeError
+from lake.storage import Lake, LakeError, replace_text
 
 ENCODERS = ("pretrained", "stage1", "stage2")
 CHOSEN_FILE = "models/chosen.json"
@@ -56,10 +55,7 @@ def labeller_folder(lake: Lake) -> str:
 
 def choose(lake: Lake, folders: Mapping[str, str]) -> None:
     """Keeps which models a loop ended with; paths are relative to the lake."""
-    target = Path(lake.path(CHOSEN_FILE))
-    fresh = target.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps(dict(folders), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    fresh.replace(target)
+    replace_text(lake.path(CHOSEN_FILE), json.dumps(dict(folders), indent=2, sort_keys=True) + "\n")
 
 
 def _chosen(lake: Lake, name: str) -> str | None:

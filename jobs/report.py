@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -16,7 +14,7 @@ from jobs import job
 from lake import runs, tables
 from lake.runs import Run, RunRecord
 from lake.schemas import CATALOG_PRODUCT, EVALUATION, EVALUATION_PAIR, EVALUATION_QUERY
-from lake.storage import LakeError
+from lake.storage import LakeError, replace_text
 
 MODELS = ("pretrained", "stage1", "stage2")
 RETRIEVAL = (
@@ -88,11 +86,7 @@ def run(config: Config) -> RunRecord:
         ],
     )
     name = f"reports/{current.fingerprint}.html"
-    target = Path(current.lake.path(name))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_suffix(f".{os.getpid()}")
-    fresh.write_text(html, encoding="utf-8")
-    fresh.replace(target)
+    replace_text(current.lake.path(name), html)
     return current.finish(rows=len(rows), outputs={"report": name})
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
+
+from lake.storage import replace_text
 
 PROGRESS_FILE = "progress.json"
 
@@ -20,11 +21,8 @@ class State(NamedTuple):
 
 def write_progress(run_folder: str | Path, *, done: int, total: int, note: str = "") -> None:
     """Tells whoever follows the run how far it is; the file is replaced in one step."""
-    target = Path(run_folder) / PROGRESS_FILE
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps({"done": done, "total": total, "note": note}))
-    fresh.replace(target)
+    told = json.dumps({"done": done, "total": total, "note": note})
+    replace_text(Path(run_folder, PROGRESS_FILE), told)
 
 
 def read_progress(run_folder: str | Path) -> State | None:

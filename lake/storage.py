@@ -62,6 +62,15 @@ class Lake:
             raise LakeError(f"lake={self.root}: cannot write there ({reason}); choose another lake=DIR") from error
 
 
+def replace_text(path: str | Path, text: str) -> None:
+    """Writes a text file that readers see whole or as it was before; makes its folder where that is missing."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.{os.getpid()}")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(target)
+
+
 @contextmanager
 def atomic_folder(target: str) -> Iterator[Path]:
     """A scratch folder that takes the place of `target` when the block ends well, and vanishes when not.

@@ -121,7 +121,7 @@ def chain(ray_cluster, tmp_path_factory):
         recipe=mine_hard_pairs.HardPairRecipe(
             mining=MiningRecipe(depth=10, max_hard_negatives_per_query=2, max_hard_positives_per_query=3)
         ),
-        placement=mine_hard_pairs.Placement(embed=EMBED),
+        placement=embed_catalog.SearchPlacement(embed=EMBED),
     )
     records["mined"] = mine_hard_pairs.run(mining)
     second = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, stage=2))
@@ -136,7 +136,7 @@ def chain(ray_cluster, tmp_path_factory):
                 stage1=stage1,
                 stage2=records["stage2"].outputs["encoder"],
             ),
-            placement=evaluate_retrieval.Placement(embed=EMBED),
+            placement=embed_catalog.SearchPlacement(embed=EMBED),
         )
     )
     return lake, records
