@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,6 +38,12 @@ class BatchRecipe:
     share_irrelevant: Annotated[
         float, meaning("aimed share of grade 0 in a draw; other grades fill what is missing", ge=0, le=1)
     ] = 0.65
+    share_with_irrelevant: Annotated[
+        float,
+        meaning(
+            "least share of the instances that hold grade 0; others are left out by chance to reach it", ge=0, le=1
+        ),
+    ] = 0.0
 
 
 @dataclass(frozen=True)
@@ -48,12 +55,14 @@ class Instance:
         query: text.
         products: texts.
         grades: int8, one per product.
+        left_out: texts that are graded too, but not to be learned from or not drawn for the step.
     """
 
     key: tuple[str, str]
     query: str
     products: Sequence[str]
     grades: NDArray[np.int8]
+    left_out: Sequence[str] = ()
 
     @property
     def has_contrast(self) -> bool:
@@ -71,6 +80,7 @@ class StepBatch:
         query_index: row in `query_texts` of each instance, [Q].
         document_index: row in `document_texts`, [Q, P]; -1 pads.
         grades: int8, [Q, P]; -1 pads.
+        is_foreign: [Q, U], whether a product is in the step for other queries alone and has no grade under this one.
     """
 
     query_texts: list[str]
@@ -78,13 +88,14 @@ class StepBatch:
     query_index: NDArray[np.int64]
     document_index: NDArray[np.int64]
     grades: NDArray[np.int8]
+    is_foreign: NDArray[np.bool_]
 
 
 class InstanceSampler:
     """The instances of a training set in the order of training.
 
     Args:
-        instances: those without a contrast are left out and counted in the log.
+        instances: those without a contrast, and those past the recipe's shares, are left out and counted in the log.
         recipe: size and make-up of a step.
         seed: decides the order and the draws, together with epoch and key of the query.
 
@@ -101,6 +112,7 @@ class InstanceSampler:
             )
         if left_out := len(instances) - len(self.instances):
             log.info("%d of %d instances left out: all products of one grade", left_out, len(instances))
+        self.instances = _enough_with_irrelevant(self.instances, recipe.share_with_irrelevant, seed)
         self.recipe, self.seed = recipe, seed
 
     def step_instances(self, step: int, rank: int, world_size: int) -> list[Instance]:
@@ -123,6 +135,21 @@ class InstanceSampler:
         return drawn
 
 
+def _enough_with_irrelevant(instances: list[Instance], share: float, seed: int) -> list[Instance]:
+    """The instances that hold grade 0, and by chance as many others as leave those their share; the order stays."""
+    holds_N = np.array([bool((instance.grades == 0).any()) for instance in instances])
+    num_with = int(holds_N.sum())
+    if not share or not num_with:
+        return instances
+    limit = math.floor(num_with * (1 - share) / share)
+    others = np.random.default_rng(stable_seed(seed, "left out")).permutation(np.flatnonzero(~holds_N))
+    if len(others) <= limit:
+        return instances
+    log.info("%d of %d instances left out: no grade 0 among their products", len(others) - limit, len(instances))
+    holds_N[others[:limit]] = True
+    return [instances[place] for place in np.flatnonzero(holds_N)]
+
+
 def draw_products(instance: Instance, recipe: BatchRecipe, seed: int) -> Instance:
     """At most `max_products_per_query` products: one per grade present, the rest by `share_irrelevant`."""
     limit = recipe.max_products_per_query
@@ -138,8 +165,10 @@ def draw_products(instance: Instance, recipe: BatchRecipe, seed: int) -> Instanc
     place = np.where(irrelevant, rank_in_grade, np.cumsum(~irrelevant) - 1)
     # first one of each grade, then what the quotas hold, then whatever fills the draw; each in shuffled order
     order = np.lexsort((np.arange(len(grades)), place >= quota, rank_in_grade > 0))
-    chosen = np.sort(shuffled[order[:limit]])
-    return Instance(instance.key, instance.query, [instance.products[i] for i in chosen], instance.grades[chosen])
+    chosen, rest = np.sort(shuffled[order[:limit]]), np.sort(shuffled[order[limit:]])
+    products = instance.products
+    drawn, left_out = [products[i] for i in chosen], [*instance.left_out, *(products[i] for i in rest)]
+    return Instance(instance.key, instance.query, drawn, instance.grades[chosen], left_out)
 
 
 def collate(instances: Sequence[Instance]) -> StepBatch:
@@ -155,7 +184,13 @@ def collate(instances: Sequence[Instance]) -> StepBatch:
         for column, text in enumerate(instance.products):
             document_index_QP[row, column] = documents.setdefault(text, len(documents))
         grade_QP[row, : len(instance.grades)] = instance.grades
-    return StepBatch(list(queries), list(documents), query_index_Q, document_index_QP, grade_QP)
+    # a query of two data sets is one text, and what either grades under it is not foreign to the other
+    is_foreign_UU = np.ones((len(queries), len(documents)), dtype=bool)
+    for row, instance in enumerate(instances):
+        own = [documents[text] for text in (*instance.products, *instance.left_out) if text in documents]
+        is_foreign_UU[query_index_Q[row], own] = False
+    is_foreign_QU = is_foreign_UU[query_index_Q]
+    return StepBatch(list(queries), list(documents), query_index_Q, document_index_QP, grade_QP, is_foreign_QU)
 
 
 def stable_seed(*parts: object) -> int:

@@ -10,6 +10,7 @@ N texts, D width of a vector.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -100,6 +101,29 @@ def load_encoder(folder: str | Path, *, device: str = "cpu") -> tuple[SentenceTr
     card = read_card(folder)
     recipe = validate(TextRecipe, card.get("text", {}), source=str(Path(folder, CARD_FILE)))
     return _load(str(folder), device), recipe
+
+
+def interpolate(model: SentenceTransformer, pretrained: SentenceTransformer, share: float) -> SentenceTransformer:
+    """A copy of the model whose weights are `share` of the pretrained ones and the rest the model's own.
+
+    Between the two lie encoders that keep most of what training gained and most of what pretraining knew.
+
+    Raises:
+        ValueError: the two are built differently.
+
+    Cites: Wortsman et al. 2022 (arXiv 2109.01903).
+    """
+    own, other = model.state_dict(), pretrained.state_dict()
+    if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in other.items()}:
+        raise ValueError("interpolate: expected two encoders of one recipe; build both from the same encoder settings")
+    mixed = copy.deepcopy(model)
+    mixed.load_state_dict(
+        {
+            name: torch.lerp(value, other[name].to(value), share) if value.is_floating_point() else value
+            for name, value in own.items()
+        }
+    )
+    return mixed
 
 
 def encode(

@@ -72,11 +72,23 @@ class TrainRecipe:
         0.1
     )
     weight_decay: Annotated[float, meaning("AdamW's decay of matrices", ge=0)] = 0.01
+    pretrained_share: Annotated[
+        float, meaning("share of the pretrained weights in the encoder that is validated and published", ge=0, lt=1)
+    ] = 0.0
     gradient_clip: Annotated[float, meaning("longest gradient", "L2 norm", gt=0)] = 1.0
     temperature: Annotated[
         float, meaning("of supcon at the start; learned", ge=TEMPERATURE_BOUNDS[0], le=TEMPERATURE_BOUNDS[1])
     ] = 0.2
     """Below 0.1 the softmax inside an instance pulls all its products up together (docs/decisions/005)."""
+    in_batch_ceiling: Annotated[
+        float,
+        meaning(
+            "products of a step's other queries count as grade 0 in supcon up to this share of the cosine of the "
+            "query's best own positive; 0 leaves them out, as the paper does",
+            ge=0,
+            le=1,
+        ),
+    ] = 0.0
     margins: Annotated[GradeMargins, meaning("bands of the circle loss")] = GradeMargins()
     batch: Annotated[BatchRecipe, meaning("size and make-up of a step")] = BatchRecipe()
     precision: Annotated[

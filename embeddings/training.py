@@ -152,8 +152,13 @@ class ContrastiveTrainer:
         index_QP = torch.from_numpy(batch.document_index).to(place)
         grade_QP = torch.from_numpy(batch.grades).to(place)
         query_QD = query_UD[torch.from_numpy(batch.query_index).to(place)]
-        similarity_QP = (query_QD @ document_UD.T).gather(1, index_QP.clamp(min=0))
-        loss = self._loss(similarity_QP, grade_QP, temperature)
+        similarity_QU = query_QD @ document_UD.T
+        similarity_QP = similarity_QU.gather(1, index_QP.clamp(min=0))
+        ranked = similarity_QP, grade_QP
+        if self.recipe.in_batch_ceiling:
+            is_foreign_QU = torch.from_numpy(batch.is_foreign).to(place)
+            ranked = with_in_batch(similarity_QP, grade_QP, similarity_QU, is_foreign_QU, self.recipe.in_batch_ceiling)
+        loss = self._loss(similarity_QP, grade_QP, ranked, temperature)
         # the paper sums over queries; AdamW does not see the constant factor, the clipping does
         scaled = loss * (self.world_size / self.recipe.batch.queries_per_step)
         return scaled, {
@@ -187,14 +192,15 @@ class ContrastiveTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 
-    def _loss(self, similarity_QP: Tensor, grade_QP: Tensor, temperature: Tensor) -> Tensor:
+    def _loss(
+        self, similarity_QP: Tensor, grade_QP: Tensor, ranked: tuple[Tensor, Tensor], temperature: Tensor
+    ) -> Tensor:
+        """The step's sum over queries; `ranked` is what supcon sees: the pairs, and in-batch negatives beside them."""
         if self.recipe.chosen_loss == "supcon":
-            return supcon_loss(similarity_QP, grade_QP, temperature, reduction="sum")
+            return supcon_loss(*ranked, temperature, reduction="sum")
         loss = circle_loss(similarity_QP, grade_QP, self.recipe.margins, reduction="sum")
         if self.recipe.ranking_weight:
-            loss = loss + self.recipe.ranking_weight * supcon_loss(
-                similarity_QP, grade_QP, temperature, reduction="sum"
-            )
+            loss = loss + self.recipe.ranking_weight * supcon_loss(*ranked, temperature, reduction="sum")
         return loss
 
     def _set_learning_rate(self, step: int) -> float:
@@ -206,6 +212,22 @@ class ContrastiveTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         return factor
+
+
+def with_in_batch(
+    similarity_QP: Tensor, grade_QP: Tensor, similarity_QU: Tensor, is_foreign_QU: Tensor, ceiling: float
+) -> tuple[Tensor, Tensor]:
+    """Similarities and grades of the pairs, and beside them the step's other products as grade 0, [Q, P + U] each.
+
+    A random product is not reliably irrelevant, the more so the closer it is: one above `ceiling` times the cosine of
+    the query's best positive is masked out, and so is every product for a query without a positive.
+
+    Cites: Moreira et al. 2024 (arXiv 2407.15831), whose share is of the best positive's score as well.
+    """
+    best_Q1 = similarity_QP.detach().masked_fill(grade_QP <= 0, -torch.inf).amax(dim=1, keepdim=True)
+    is_negative_QU = is_foreign_QU & (similarity_QU.detach() <= ceiling * best_Q1)
+    foreign_QU = is_negative_QU.to(grade_QP.dtype) - 1
+    return torch.cat([similarity_QP, similarity_QU], dim=1), torch.cat([grade_QP, foreign_QU], dim=1)
 
 
 def by_length(texts: Sequence[str], size: int) -> list[NDArray[np.int64]]:

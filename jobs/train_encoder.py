@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from collections import defaultdict
@@ -17,7 +18,7 @@ from embeddings.text import TextRecipe, normalise_query, product_text
 from jobs import job, labelling
 from lake import tables
 from lake.runs import Run, RunRecord
-from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, QUERY
+from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, QUERY, CandidateSource
 from ray_apps.cluster import RayPlacement, connect
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,10 @@ class EncoderTrainingRecipe:
     encoder: EncoderRecipe = EncoderRecipe()
     text: TextRecipe = TextRecipe()
     train: TrainRecipe = TrainRecipe()
+    leave_out: Annotated[
+        tuple[CandidateSource, ...],
+        meaning("sources of candidates whose grades are not learned from; nor are such pairs in-batch negatives"),
+    ] = ()
 
 
 @settings
@@ -79,7 +84,7 @@ def run(config: Config) -> RunRecord:
     encoder, text = _recipes(config.recipe, start)
     texts = _product_texts(current, text)
     rows, validation = labelling.train_instances(current, stage), _validation(current, texts)
-    instances = [_instance(row, row["query"], row["product_ids"], row["grades"], texts) for row in rows]
+    instances = [_train_instance(row, texts, config.recipe.leave_out) for row in rows]
     log.info("train_encoder: stage %d, %d instances, %d validation queries", stage, len(instances), len(validation))
     encoder_path, pretrained_path = f"models/encoder/{current.fingerprint}", f"models/pretrained/{current.fingerprint}"
     task = app.TrainTask(
@@ -155,6 +160,15 @@ def _validation(current: Run, texts: Texts) -> list[Instance]:
         for row, own in sorted(judged, key=lambda item: (item[0]["dataset"], item[0]["query_id"]))
         if own
     ]
+
+
+def _train_instance(row: Mapping[str, Any], texts: Texts, leave_out: Sequence[str]) -> Instance:
+    """The instance of a row without the pairs of some sources, whose texts it keeps as graded all the same."""
+    pairs = list(zip(row["product_ids"], row["grades"], row["sources"], strict=True))
+    learned = [(product_id, grade) for product_id, grade, source in pairs if source not in leave_out]
+    instance = _instance(row, row["query"], [pair[0] for pair in learned], [pair[1] for pair in learned], texts)
+    skipped = [texts.get((row["dataset"], product_id)) for product_id, _, source in pairs if source in leave_out]
+    return dataclasses.replace(instance, left_out=[text for text in skipped if text is not None])
 
 
 def _instance(

@@ -12,7 +12,7 @@ import ray.train.torch
 import torch
 from torch import nn
 
-from embeddings.encoder import build_encoder, build_pretrained, load_encoder, save_encoder
+from embeddings.encoder import build_encoder, build_pretrained, interpolate, load_encoder, save_encoder
 from embeddings.recipes import EncoderRecipe
 from embeddings.text import TextRecipe
 from embeddings.training import ContrastiveTrainer
@@ -52,6 +52,7 @@ class TrainWorker:
         self.trainer = ContrastiveTrainer(
             model, task.instances, task.recipe, rank=self.rank, world_size=self.num_workers, wrap=self._wrap
         )
+        self.pretrained = build_encoder(task.encoder, device=str(self.device)) if task.recipe.pretrained_share else None
         self.validation = build_validation(task.validation)
         self.start: float | None = None
         self.told = self.began = time.monotonic()
@@ -97,16 +98,18 @@ class TrainWorker:
         if self.rank > 0:
             ray.train.report({}, checkpoint=None)
             return
-        score = _NOT_MEASURED
+        encoder, score = self.trainer.model, _NOT_MEASURED
+        if is_measured and self.pretrained is not None and self.trainer.step:
+            encoder = interpolate(encoder, self.pretrained, self.task.recipe.pretrained_share)
         if is_measured and self.validation:
-            score = validation_ndcg(self.trainer.model, self.validation, bf16=self.trainer.bf16)
+            score = validation_ndcg(encoder, self.validation, bf16=self.trainer.bf16)
         if self.start is None:
             self.start = score
             score = score if self.task.recipe.stage == 1 else _NOT_MEASURED
         with tempfile.TemporaryDirectory(prefix="assay-checkpoint-") as place:
             torch.save({"trainer": self.trainer.state_dict(), "start": self.start}, Path(place, _STATE_FILE))
             if is_measured:
-                save_encoder(self.trainer.model, Path(place, ENCODER_FOLDER), self.task.card)
+                save_encoder(encoder, Path(place, ENCODER_FOLDER), self.task.card)
             told = {**metrics, SCORE: score, "start": self.start, "step": self.trainer.step}
             ray.train.report(told, checkpoint=ray.train.Checkpoint.from_directory(place))
 

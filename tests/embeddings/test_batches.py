@@ -99,3 +99,39 @@ def test_collate_holds_each_text_once_and_pads():
     assert batch.document_index.tolist() == [[0, 1, 2], [2, 3, PADDING]]
     assert batch.grades.tolist() == [[2, 0, 1], [0, 2, PADDING]]
     assert batch.grades.dtype == np.int8
+
+
+def test_products_of_other_queries_are_foreign_unless_graded_under_this_one():
+    step = [
+        Instance(("a", "1"), "lamp", ["x"], np.array([2], dtype=np.int8), left_out=["y", "not in this step"]),
+        Instance(("a", "2"), "hose", ["y", "z"], np.array([2, 0], dtype=np.int8)),
+        Instance(("b", "1"), "lamp", ["w"], np.array([1], dtype=np.int8)),
+    ]
+    batch = collate(step)
+    assert batch.document_texts == ["x", "y", "z", "w"]
+    assert batch.is_foreign.tolist() == [
+        [False, False, True, False],
+        [True, False, False, True],
+        [False, False, True, False],
+    ]
+
+
+def test_what_is_not_drawn_stays_known_as_graded():
+    whole = instance(0, [2, 1, 0] * 10)
+    whole = Instance(whole.key, whole.query, whole.products, whole.grades, left_out=["skipped"])
+    drawn = draw_products(whole, BatchRecipe(max_products_per_query=4), 3)
+    assert drawn.left_out[0] == "skipped"
+    assert sorted([*drawn.products, *drawn.left_out[1:]]) == sorted(whole.products)
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.0, 10), (0.2, 10), (0.5, 6), (0.8, 3), (1.0, 3)])
+def test_instances_without_grade_0_are_left_out_down_to_their_share(share, kept):
+    some = [instance(number, [2, 1, 0] if number % 3 == 1 else [2, 1]) for number in range(10)]
+    samplers = [InstanceSampler(some, BatchRecipe(share_with_irrelevant=share), seed) for seed in (0, 0, 1)]
+    chosen = [[each.key for each in sampler.instances] for sampler in samplers]
+    assert len(chosen[0]) == kept
+    assert chosen[0] == chosen[1] == sorted(chosen[0], key=lambda key: int(key[1]))
+    assert {some[1].key, some[4].key, some[7].key} <= set(chosen[0])
+    assert (chosen[0] != chosen[2]) == (3 < kept < 10)
+    without = [instance(number, [2, 1]) for number in range(4)]
+    assert len(InstanceSampler(without, BatchRecipe(share_with_irrelevant=share), 0).instances) == 4

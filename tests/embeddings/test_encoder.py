@@ -9,6 +9,7 @@ from embeddings.encoder import (
     build_encoder,
     build_pretrained,
     encode,
+    interpolate,
     load_encoder,
     read_card,
     save_encoder,
@@ -130,6 +131,23 @@ def test_an_encoder_with_heads_keeps_them_when_built_again(recipe, tmp_path):
     save_encoder(model, tmp_path / "encoder", {})
     again = build_encoder(EncoderRecipe(**{**vars(recipe), "model": str(tmp_path / "encoder")}))
     np.testing.assert_allclose(encode(again, TEXTS, "query"), encode(model, TEXTS, "query"), atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_interpolation_lies_between_the_weights_and_changes_neither_model(recipe, share):
+    pretrained, trained = build_encoder(recipe), build_encoder(recipe)
+    perturb(trained)
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    mixed = interpolate(trained, pretrained, share).state_dict()
+    for name, start in pretrained.state_dict().items():
+        torch.testing.assert_close(mixed[name], share * start + (1 - share) * before[name])
+        assert torch.equal(trained.state_dict()[name], before[name])
+
+
+def test_encoders_of_two_shapes_have_nothing_between_them(recipe):
+    narrow = build_encoder(EncoderRecipe(**{**vars(recipe), "projection_width": 8}))
+    with pytest.raises(ValueError, match="encoders of one recipe"):
+        interpolate(build_encoder(recipe), narrow, 0.5)
 
 
 @pytest.mark.parametrize(("pooling", "expected"), [("auto", "mean"), ("cls", "cls"), ("lasttoken", "lasttoken")])

@@ -7,13 +7,18 @@ import torch
 
 from conf.load import ConfigError, load
 from embeddings.batches import BatchRecipe, Instance
-from embeddings.encoder import EncoderRecipe, build_encoder
-from embeddings.training import ContrastiveTrainer, TrainRecipe, by_length, plan_steps, use_bf16
+from embeddings.encoder import EncoderRecipe, build_encoder, encode
+from embeddings.losses import supcon_loss
+from embeddings.training import ContrastiveTrainer, TrainRecipe, by_length, plan_steps, use_bf16, with_in_batch
 from embeddings.validation import build_validation, validation_ndcg
 from tests.tiny_models import tiny_bert_folder
 
 WORDS = ["lamp", "hose", "shoe", "drill", "sofa", "kettle", "paint", "rug"]
 BATCH = BatchRecipe(queries_per_step=4, max_products_per_query=4)
+
+
+QUERIES = [f"red {word}" for word in WORDS]
+EXACT = [f"{word} red" for word in WORDS]
 
 
 def toy_instances():
@@ -109,6 +114,40 @@ def test_loss_falls_and_grades_come_apart_on_a_toy(build, recipe):
         np.mean([metrics[f"similarity_grade_{grade}"] for metrics in history[-4:]]) for grade in (2, 1, 0)
     )
     assert exact > partial > irrelevant
+
+
+def test_in_batch_negatives_stand_below_the_ceiling_and_have_no_grade():
+    own, grade = torch.tensor([[0.8, 0.2], [0.4, 0.1]]), torch.tensor([[2, 0], [0, -1]], dtype=torch.int8)
+    every = torch.tensor([[0.8, 0.2, 0.73, 0.71, 0.3], [0.4, 0.9, 0.1, 0.2, -0.5]], requires_grad=True)
+    is_foreign = torch.tensor([[False, False, True, True, False], [False, True, True, True, True]])
+    similarity, grades = with_in_batch(own, grade, every, is_foreign, 0.9)
+    # .73 is too near to the positive's .8; the fifth is graded under the query; the second query has no positive
+    assert grades.tolist() == [[2, 0, -1, -1, -1, 0, -1], [0, -1, -1, -1, -1, -1, -1]]
+    assert torch.equal(similarity, torch.cat([own, every], dim=1))
+    supcon_loss(similarity, grades, torch.tensor(0.1)).backward()
+    assert (every.grad != 0).tolist() == [[False, False, False, True, False], [False] * 5]
+
+
+def test_in_batch_negatives_hold_the_scale_down(build):
+    """Contrasts inside the instance alone let products of other queries rise with its own."""
+
+    def other_queries(**settings):
+        trainer = build(TrainRecipe(max_steps=60, batch=BATCH, learning_rate=1e-3, **settings))
+        history = run(trainer, 60)
+        assert history[-1]["similarity_grade_2"] > history[-1]["similarity_grade_0"]
+        vectors = [encode(trainer.model, texts, side) for texts, side in ((QUERIES, "query"), (EXACT, "document"))]
+        return (vectors[0] @ vectors[1].T)[~np.eye(len(QUERIES), dtype=bool)].mean()
+
+    assert other_queries(in_batch_ceiling=0.95) < other_queries() - 0.05
+
+
+def test_in_batch_negatives_change_the_ranking_loss_alone(build):
+    def loss(**settings):
+        return build(TrainRecipe(max_steps=2, batch=BATCH, **settings), dropout=0.0).step_loss(1)[0].item()
+
+    assert loss(stage=1, in_batch_ceiling=1.0) > loss(stage=1)
+    assert loss(stage=2, in_batch_ceiling=1.0) == loss(stage=2)
+    assert loss(stage=2, ranking_weight=1.0, in_batch_ceiling=1.0) > loss(stage=2, ranking_weight=1.0)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -12,6 +12,7 @@ from deltalake import write_deltalake
 
 from conf.load import ConfigError, load_job
 from embeddings.batches import BatchRecipe
+from embeddings.encoder import load_encoder
 from embeddings.mining import MiningRecipe
 from embeddings.recipes import EncoderRecipe, TrainRecipe
 from embeddings.text import TextRecipe
@@ -85,7 +86,7 @@ def fill(lake):
     ]
     for row in instances:
         row["grades"] = [judged[row["query_id"], row["query"]][product] for product in row["product_ids"]]
-        row["sources"] = ["human"] * len(row["grades"])
+        row["sources"] = ["sampled", *["human"] * (len(row["grades"]) - 1)]
     catalog = [{"product_id": p, "title": title, "product_hash": f"hash of {title}"} for p, title in products()]
     texts = [
         {"query_id": q, "text": text, "normalised": text, "query_hash": text, "split": split}
@@ -124,7 +125,8 @@ def chain(ray_cluster, tmp_path_factory):
         placement=embed_catalog.SearchPlacement(embed=EMBED),
     )
     records["mined"] = mine_hard_pairs.run(mining)
-    second = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, stage=2))
+    train = dataclasses.replace(recipe.train, stage=2, ranking_weight=1.0, in_batch_ceiling=0.95, pretrained_share=0.99)
+    second = dataclasses.replace(recipe, train=train, leave_out=("sampled",))
     records["stage2"] = train_encoder.run(
         dataclasses.replace(base, inputs=train_encoder.Inputs(model=stage1), recipe=second)
     )
@@ -150,6 +152,31 @@ def test_training_leaves_encoders_and_no_checkpoints(chain):
     assert records["stage1"].counts == {"instances": 12, "validation_queries": 4}
     for name in ("stage1", "stage2"):
         assert not Path(lake.path("runs", records[name].fingerprint)).exists()
+
+
+def test_a_published_encoder_holds_its_share_of_the_pretrained_one(chain):
+    """Four steps at 1e-3 move a weight by some 1e-3, of which 99 % pretrained leaves one part in a hundred."""
+    lake, records = chain
+    folders = records["stage1"].outputs["pretrained"], records["stage2"].outputs["encoder"]
+    before, after = (load_encoder(lake.path(folder))[0].state_dict() for folder in folders)
+    moved = max((after[name] - value).abs().max().item() for name, value in before.items() if name in after)
+    assert 1e-6 < moved < 2e-4
+
+
+def test_pairs_of_left_out_sources_stay_known_as_graded():
+    row = {
+        "dataset": "toy",
+        "query_id": "q",
+        "query": "Lamp",
+        "product_ids": ["a", "b", "c", "gone"],
+        "grades": [2, 0, 1, 0],
+        "sources": ["human", "sampled", "mined", "sampled"],
+    }
+    texts = {("toy", name): f"text {name}" for name in "abc"}
+    instance = train_encoder._train_instance(row, texts, ("sampled",))
+    assert (instance.products, instance.grades.tolist()) == (["text a", "text c"], [2, 1])
+    assert instance.left_out == ["text b"]
+    assert train_encoder._train_instance(row, texts, ()).products == ["text a", "text b", "text c"]
 
 
 def test_mined_pairs_are_ungraded_unique_and_in_their_band(chain):
