@@ -1,9 +1,9 @@
 """The two losses of Mine and Refine, over padded matrices of cosine similarities.
 
-Both compare a query only with the products of its own instance: a random product of the batch is not reliably
-grade 0, so there are no in-batch negatives. Stage 1 (`supcon_loss`) orders the grades of an instance, stage 2
-(`circle_loss`) pulls each grade into its own band of cosines. Everything is computed in at least float32,
-whatever precision the encoder ran in.
+Both compare a query with the products of its row: in the paper those of its own instance alone, since a random product
+of the batch is not reliably grade 0; `training.with_in_batch` adds others under a guard. Stage 1 (`supcon_loss`) orders
+the grades of an instance, stage 2 (`circle_loss`) pulls each grade into its own band of cosines. Everything is computed
+in at least float32, whatever precision the encoder ran in.
 """
 
 # Q queries, P products of a query's instance, padded to the longest
