@@ -137,11 +137,12 @@ class InstanceSampler:
 
 def _enough_with_irrelevant(instances: list[Instance], share: float, seed: int) -> list[Instance]:
     """The instances that hold grade 0, and by chance as many others as leave those their share; the order stays."""
-    holds_N = np.array([bool((instance.grades == 0).any()) for instance in instances])
-    num_with = int(holds_N.sum())
-    if not share or not num_with:
+    if not share:
         return instances
-    limit = math.floor(num_with * (1 - share) / share)
+    holds_N = np.array([(instance.grades == 0).any() for instance in instances])
+    if not holds_N.any():
+        return instances
+    limit = math.floor(holds_N.sum() * (1 - share) / share)
     others = np.random.default_rng(stable_seed(seed, "left out")).permutation(np.flatnonzero(~holds_N))
     if len(others) <= limit:
         return instances

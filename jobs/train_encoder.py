@@ -164,11 +164,12 @@ def _validation(current: Run, texts: Texts) -> list[Instance]:
 
 def _train_instance(row: Mapping[str, Any], texts: Texts, leave_out: Sequence[str]) -> Instance:
     """The instance of a row without the pairs of some sources, whose texts it keeps as graded all the same."""
-    pairs = list(zip(row["product_ids"], row["grades"], row["sources"], strict=True))
-    learned = [(product_id, grade) for product_id, grade, source in pairs if source not in leave_out]
-    instance = _instance(row, row["query"], [pair[0] for pair in learned], [pair[1] for pair in learned], texts)
-    skipped = [texts.get((row["dataset"], product_id)) for product_id, _, source in pairs if source in leave_out]
-    return dataclasses.replace(instance, left_out=[text for text in skipped if text is not None])
+    learned: dict[str, int] = {}
+    skipped: dict[str, int] = {}
+    for product_id, grade, source in zip(row["product_ids"], row["grades"], row["sources"], strict=True):
+        (skipped if source in leave_out else learned)[product_id] = grade
+    instance, rest = (_instance(row, row["query"], list(of), list(of.values()), texts) for of in (learned, skipped))
+    return dataclasses.replace(instance, left_out=rest.products)
 
 
 def _instance(

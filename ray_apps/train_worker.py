@@ -52,7 +52,8 @@ class TrainWorker:
         self.trainer = ContrastiveTrainer(
             model, task.instances, task.recipe, rank=self.rank, world_size=self.num_workers, wrap=self._wrap
         )
-        self.pretrained = build_encoder(task.encoder, device=str(self.device)) if task.recipe.pretrained_share else None
+        # only the first worker publishes; off the device, which needs it at no step
+        self.pretrained = build_encoder(task.encoder) if self.rank == 0 and task.recipe.pretrained_share else None
         self.validation = build_validation(task.validation)
         self.start: float | None = None
         self.told = self.began = time.monotonic()

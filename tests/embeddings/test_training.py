@@ -15,8 +15,6 @@ from tests.tiny_models import tiny_bert_folder
 
 WORDS = ["lamp", "hose", "shoe", "drill", "sofa", "kettle", "paint", "rug"]
 BATCH = BatchRecipe(queries_per_step=4, max_products_per_query=4)
-
-
 QUERIES = [f"red {word}" for word in WORDS]
 EXACT = [f"{word} red" for word in WORDS]
 
