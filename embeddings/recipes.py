@@ -97,6 +97,10 @@ class TrainRecipe:
     ] = "auto"
     deterministic: Annotated[bool, meaning("bit-equal reruns on equal machines, threads and workers")] = False
     seed: Annotated[int, meaning("of order, draws and dropout", ge=0)] = 0
+    publish_best: Annotated[
+        bool,
+        meaning("the step of the highest validation NDCG@10 is published; false: the last, where queries are few"),
+    ] = True
     validate_every_steps: Annotated[int, meaning("steps between two validations", "steps", ge=1)] = 50
     checkpoint_every_steps: Annotated[int, meaning("steps between two checkpoints", "steps", ge=1)] = 50
 

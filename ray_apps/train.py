@@ -92,8 +92,8 @@ def train(
         max_failures: restarts from the newest checkpoint after a worker died.
 
     Returns:
-        `validation_ndcg@10` of the best, `_start` and `_last` of the first and last model (where there are validation
-        queries), `best_step`, `steps`, and the last step's loss and temperature.
+        `validation_ndcg@10` of the published, `_start` and `_last` of the first and last model (where there are validation
+        queries), `published_step`, `steps`, and the last step's loss and temperature.
 
     Raises:
         ValueError: training failed; the message names the first cause.
@@ -102,6 +102,7 @@ def train(
     has_validation = any((instance.grades > 0).any() for instance in task.validation)
     if not has_validation:
         log.warning("no validation query has a grade above 0; the last checkpoint is kept instead of the best")
+    takes_best = has_validation and task.recipe.publish_best
     set_ray_train_defaults()
     run_folder = Path(storage, task.fingerprint)
     _drop_unreadable(run_folder)
@@ -121,7 +122,7 @@ def train(
             name=task.fingerprint,
             storage_path=storage,
             checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute=SCORE if has_validation else None
+                num_to_keep=1, checkpoint_score_attribute=SCORE if takes_best else None
             ),
             failure_config=ray.train.FailureConfig(max_failures=max_failures),
         ),
@@ -129,14 +130,15 @@ def train(
     result = fit(trainer, run_folder)
     best, measured = result.checkpoint, result.metrics
     metrics = {name: result.metrics[name] for name in ("loss", "temperature") if name in result.metrics}
-    if has_validation:
+    if takes_best:
         best, measured = max(result.best_checkpoints, key=lambda kept: kept[1][SCORE])
+    if has_validation:
         metrics |= {
             SCORE: measured[SCORE],
             f"{SCORE}_start": measured["start"],
             f"{SCORE}_last": result.metrics[SCORE],
         }
-    metrics |= {"best_step": float(measured["step"]), "steps": float(result.metrics["step"])}
+    metrics |= {"published_step": float(measured["step"]), "steps": float(result.metrics["step"])}
     _publish(Path(best.path, ENCODER_FOLDER), out_folder, metrics)
     return metrics
 

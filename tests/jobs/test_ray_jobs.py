@@ -148,7 +148,7 @@ def test_training_leaves_encoders_and_no_checkpoints(chain):
     lake, records = chain
     assert set(records["stage1"].outputs) == {"encoder", "pretrained"}
     assert set(records["stage2"].outputs) == {"encoder"}
-    assert {"validation_ndcg@10", "validation_ndcg@10_start", "best_step"} <= set(records["stage2"].metrics)
+    assert {"validation_ndcg@10", "validation_ndcg@10_start", "published_step"} <= set(records["stage2"].metrics)
     assert records["stage1"].counts == {"instances": 12, "validation_queries": 4}
     for name in ("stage1", "stage2"):
         assert not Path(lake.path("runs", records[name].fingerprint)).exists()

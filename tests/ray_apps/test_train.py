@@ -73,7 +73,7 @@ def test_two_workers_learn_what_one_learns(ray_cluster, tmp_path):
         run_training(tmp_path, dataclasses.replace(task, validation=[]), num_workers=number)
         for number, task in enumerate(tasks, start=1)
     )
-    assert one["steps"] == two["steps"] == one["best_step"] == 4
+    assert one["steps"] == two["steps"] == one["published_step"] == 4
     start = build_encoder(EncoderRecipe(model=str(bert)))
     left, right, before = weights(tmp_path / "one"), weights(tmp_path / "two"), start.state_dict()
     assert max((left[name] - right[name]).abs().max().item() for name in left) < 1e-4
@@ -88,6 +88,18 @@ def test_two_workers_learn_what_one_learns(ray_cluster, tmp_path):
     assert again == one
     drop_checkpoints(str(tmp_path / "runs"), "one")
     assert not (tmp_path / "runs" / "one").exists()
+
+
+def test_the_last_step_is_published_where_validation_may_not_choose(ray_cluster, tmp_path):
+    bert = tiny_bert_folder(tmp_path / "bert", dropout=0.0)
+    # such a rate breaks the model, so that an earlier step is the best by validation
+    recipe = dataclasses.replace(RECIPE, learning_rate=1.0, warmup_share=0.0)
+    best = run_training(tmp_path, make_task(bert, "best", recipe))
+    last = run_training(tmp_path, make_task(bert, "last", dataclasses.replace(recipe, publish_best=False)))
+    assert best["published_step"] < 12
+    assert best["validation_ndcg@10"] > last["validation_ndcg@10"]
+    assert last["published_step"] == last["steps"] == 12
+    assert last["validation_ndcg@10"] == last["validation_ndcg@10_last"] == best["validation_ndcg@10_last"]
 
 
 def test_killed_run_resumes_to_the_same_bits(ray_cluster, tmp_path):
