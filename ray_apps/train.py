@@ -92,8 +92,8 @@ def train(
         max_failures: restarts from the newest checkpoint after a worker died.
 
     Returns:
-        `validation_ndcg@10` of the published, `_start` and `_last` of the first and last model (where there are validation
-        queries), `published_step`, `steps`, and the last step's loss and temperature.
+        `validation_ndcg@10` of the published, `_start` and `_last` of the first and last model (where there are
+        validation queries), `published_step`, `steps`, and the last step's loss and temperature.
 
     Raises:
         ValueError: training failed; the message names the first cause.
