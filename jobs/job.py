@@ -146,10 +146,11 @@ def main(job: str, config_class: type[Any], run: Callable[[Any], RunRecord], arg
 
 
 def set_up_logging(level: int) -> None:
-    """Log lines to standard error; libraries that chat are heard from warnings on."""
-    logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
-    for name in ("py4j", "ray", "httpx", "sentence_transformers", "faiss"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    """Log lines to standard error: ours from `level` on, those of libraries from warnings on."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
+    # py4j tells of a retried command, with its traceback, through the root logger
+    for name in ("__main__", "conf", "lake", "embeddings", "spark_etl", "ray_apps", "jobs"):
+        logging.getLogger(name).setLevel(level)
 
 
 def parse(job: str, config_class: type[Any], words: Sequence[str]) -> Any:

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -202,3 +204,14 @@ def test_a_broken_pipe_inside_a_job_is_a_failure(capsys):
 
     assert job.guarded(broken) == job.FAILED
     assert "Broken pipe" in capsys.readouterr().err
+
+
+def test_the_log_holds_our_lines_and_the_warnings_of_libraries():
+    lines = (
+        "import logging; from jobs import job; job.set_up_logging(logging.INFO);"
+        "logging.getLogger('lake.runs').info('ours');"
+        "logging.info('a retried command'); logging.getLogger('ray').info('chat');"
+        "logging.getLogger('ray').warning('careful')"
+    )
+    told = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True).stderr
+    assert [line.split(": ")[-1] for line in told.splitlines()] == ["ours", "careful"]
