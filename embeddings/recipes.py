@@ -107,6 +107,11 @@ class TrainRecipe:
     def __post_init__(self) -> None:
         if self.ranking_weight and self.chosen_loss == "supcon":
             raise ValueError("ranking_weight stands beside the circle loss only; set it to 0 or loss to 'circle'")
+        if self.in_batch_ceiling and not self.learns_temperature:
+            raise ValueError(
+                "in_batch_ceiling adds negatives to supcon, which is no part of this loss; set ranking_weight above 0 "
+                "or in_batch_ceiling to 0"
+            )
 
     @property
     def chosen_loss(self) -> Literal["supcon", "circle"]:

@@ -139,12 +139,13 @@ def test_in_batch_negatives_hold_the_scale_down(build):
     assert other_queries(in_batch_ceiling=0.95) < other_queries() - 0.05
 
 
-def test_in_batch_negatives_change_the_ranking_loss_alone(build):
+def test_in_batch_negatives_enter_the_ranking_loss_and_need_one(build):
     def loss(**settings):
         return build(TrainRecipe(max_steps=2, batch=BATCH, **settings), dropout=0.0).step_loss(1)[0].item()
 
     assert loss(stage=1, in_batch_ceiling=1.0) > loss(stage=1)
-    assert loss(stage=2, in_batch_ceiling=1.0) == loss(stage=2)
+    with pytest.raises(ValueError, match="set ranking_weight above 0"):
+        TrainRecipe(stage=2, in_batch_ceiling=1.0)
     assert loss(stage=2, ranking_weight=1.0, in_batch_ceiling=1.0) > loss(stage=2, ranking_weight=1.0)
 
 
