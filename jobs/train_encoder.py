@@ -156,7 +156,7 @@ def _validation(current: Run, texts: Texts) -> list[Instance]:
         grades[dataset, query_id][product_id] = grade
     judged = [(row, grades[row["dataset"], row["query_id"]]) for row in queries]
     return [
-        _instance(row, row["text"], sorted(own), [own[product] for product in sorted(own)], texts)
+        _instance(row, row["text"], {product: own[product] for product in sorted(own)}, texts)
         for row, own in sorted(judged, key=lambda item: (item[0]["dataset"], item[0]["query_id"]))
         if own
     ]
@@ -168,16 +168,14 @@ def _train_instance(row: Mapping[str, Any], texts: Texts, leave_out: Sequence[st
     skipped: dict[str, int] = {}
     for product_id, grade, source in zip(row["product_ids"], row["grades"], row["sources"], strict=True):
         (skipped if source in leave_out else learned)[product_id] = grade
-    instance, rest = (_instance(row, row["query"], list(of), list(of.values()), texts) for of in (learned, skipped))
-    return dataclasses.replace(instance, left_out=rest.products)
+    instance = _instance(row, row["query"], learned, texts)
+    return dataclasses.replace(instance, left_out=_instance(row, row["query"], skipped, texts).products)
 
 
-def _instance(
-    row: Mapping[str, Any], text: str, product_ids: Sequence[str], grades: Sequence[int], texts: Texts
-) -> Instance:
+def _instance(row: Mapping[str, Any], text: str, grades: Mapping[str, int], texts: Texts) -> Instance:
     key = (row["dataset"], row["query_id"])
     known: dict[str, int] = {}
-    for product_id, grade in zip(product_ids, grades, strict=True):
+    for product_id, grade in grades.items():
         product = texts.get((row["dataset"], product_id))
         if product is not None:
             # products of one text are one vector, which two grades would tear at: the higher one counts

@@ -128,10 +128,10 @@ def train(
         ),
     )
     result = fit(trainer, run_folder)
-    best, measured = result.checkpoint, result.metrics
+    published, measured = result.checkpoint, result.metrics
     metrics = {name: result.metrics[name] for name in ("loss", "temperature") if name in result.metrics}
     if takes_best:
-        best, measured = max(result.best_checkpoints, key=lambda kept: kept[1][SCORE])
+        published, measured = max(result.best_checkpoints, key=lambda kept: kept[1][SCORE])
     if has_validation:
         metrics |= {
             SCORE: measured[SCORE],
@@ -139,7 +139,7 @@ def train(
             f"{SCORE}_last": result.metrics[SCORE],
         }
     metrics |= {"published_step": float(measured["step"]), "steps": float(result.metrics["step"])}
-    _publish(Path(best.path, ENCODER_FOLDER), out_folder, metrics)
+    _publish(Path(published.path, ENCODER_FOLDER), out_folder, metrics)
     return metrics
 
 
