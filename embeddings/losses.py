@@ -87,6 +87,32 @@ def circle_loss(
     return _reduce(loss_Q, qualifies_Q, reduction)
 
 
+def lexical_loss(similarity_QU: Tensor, target_QU: Tensor) -> Tensor:
+    """Weighted variance of what the similarities are off their targets; an offset common to all of them is free.
+
+    A pair weighs by its target and a little more, since the many far pairs of a step decide no ranking.
+
+    Args:
+        similarity_QU: cosine similarities of all queries and products of a step.
+        target_QU: what they should be; carries no gradient.
+
+    Returns:
+        Scalar, differentiable.
+
+    Raises:
+        ValueError: the two matrices differ in shape.
+    """
+    if similarity_QU.shape != target_QU.shape:
+        raise ValueError(
+            f"lexical_loss: expected similarities and targets of one shape, got {list(similarity_QU.shape)} and "
+            f"{list(target_QU.shape)}"
+        )
+    weight_QU = target_QU.clamp(min=0.0) + 0.1
+    weight_QU = weight_QU / weight_QU.sum()
+    off_QU = _at_least_float32(similarity_QU) - target_QU
+    return (weight_QU * (off_QU - (weight_QU * off_QU).sum()).square()).sum()
+
+
 class _GradeCase(NamedTuple):
     """Two grades of an instance, the higher as positive, with the optimum O and boundary D of either role."""
 

@@ -54,6 +54,22 @@ class GradeMargins:
 
 
 @settings
+class LexicalRecipe:
+    """How the encoder learns the catalogue's words before the first graded step (embeddings.lexical)."""
+
+    steps: Annotated[int, meaning("steps before the graded ones; 0 leaves it out", "steps", ge=0)] = 0
+    word_weight: Annotated[
+        float, meaning("what a product that holds all words of a query gains over the pretrained", "cosine", gt=0, le=1)
+    ] = 0.3
+    products_per_step: Annotated[int, meaning("products of a step, over all workers", "products", ge=2)] = 96
+    products_per_seed: Annotated[
+        int, meaning("products drawn together from one neighbourhood of the catalogue", "products", ge=2)
+    ] = 8
+    learning_rate: Annotated[float, meaning("peak rate of these steps", gt=0)] = 5e-5
+    max_products: Annotated[int, meaning("products drawn of a larger catalogue", "products", ge=2)] = 10_000
+
+
+@settings
 class TrainRecipe:
     """How one stage is trained."""
 
@@ -91,6 +107,7 @@ class TrainRecipe:
     ] = 0.0
     margins: Annotated[GradeMargins, meaning("bands of the circle loss")] = GradeMargins()
     batch: Annotated[BatchRecipe, meaning("size and make-up of a step")] = BatchRecipe()
+    lexical: Annotated[LexicalRecipe, meaning("steps that learn the catalogue's words first")] = LexicalRecipe()
     precision: Annotated[
         Literal["auto", "fp32", "bf16"],
         meaning("auto is bf16 where hardware computes it, unless deterministic"),

@@ -1,5 +1,8 @@
 """Stage 1 and stage 2 training of the encoder, one step at a time.
 
+The steps of `recipe.lexical` come first, where there are any, then the graded ones; each phase has its own rise and
+fall of the learning rate and starts its optimiser afresh.
+
 What a step does follows from (recipe, step) alone: its instances, its learning rate and the random numbers of
 its dropout. So a checkpoint holds weights and optimiser state only, a resumed run repeats the unbroken one
 bit for bit (recipe.deterministic), and several workers compute what one would, but
@@ -10,9 +13,11 @@ Q queries, P products of a query (padded), U distinct texts, D width of a vector
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,8 +30,9 @@ from torch import Tensor, nn
 from conf.load import fingerprint
 from embeddings.backbone import has_fast_bf16
 from embeddings.batches import Instance, InstanceSampler, collate, stable_seed
-from embeddings.encoder import forward, tokenize
-from embeddings.losses import circle_loss, supcon_loss
+from embeddings.encoder import encode, forward, tokenize
+from embeddings.lexical import CatalogText, LexicalSampler, sample_catalog
+from embeddings.losses import circle_loss, lexical_loss, supcon_loss
 from embeddings.recipes import TEMPERATURE_BOUNDS
 from embeddings.recipes import TrainRecipe as TrainRecipe
 
@@ -36,7 +42,7 @@ and memory for padding; a GPU wants few, large passes."""
 
 
 def plan_steps(recipe: TrainRecipe, num_instances: int) -> int:
-    """Steps of a run: `max_steps`, or as many as `epochs` over the instances take."""
+    """Graded steps of a run: `max_steps`, or as many as `epochs` over the instances take."""
     return recipe.max_steps or max(1, math.ceil(recipe.epochs * num_instances / recipe.batch.queries_per_step))
 
 
@@ -80,6 +86,10 @@ class ContrastiveTrainer:
         rank: of this worker.
         world_size: number of workers.
         wrap: puts the module into DistributedDataParallel; the module as it is for a single worker.
+        catalog: products for the lexical steps; not used without any.
+
+    Raises:
+        ValueError: no instance has a contrast, or there are lexical steps but fewer than two distinct products.
 
     Example:
         >>> trainer = ContrastiveTrainer(build_encoder(EncoderRecipe()), instances, TrainRecipe())
@@ -96,22 +106,26 @@ class ContrastiveTrainer:
         rank: int = 0,
         world_size: int = 1,
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+        catalog: Sequence[CatalogText] = (),
     ) -> None:
         self.model, self.recipe, self.rank, self.world_size = model, recipe, rank, world_size
         self.sampler = InstanceSampler(instances, recipe.batch, recipe.seed)
-        self.num_steps = plan_steps(recipe, len(self.sampler.instances))
+        self.num_lexical = recipe.lexical.steps
+        self.num_graded = plan_steps(recipe, len(self.sampler.instances))
+        self.num_steps = self.num_lexical + self.num_graded
         self.bf16 = use_bf16(recipe, model.device.type)
+        self._teacher = _LexicalTeacher(model, catalog, recipe, bf16=self.bf16) if self.num_lexical else None
         self.step = 0
         self.tower = TwoTower(model, recipe)
         self._parallel = wrap(self.tower)
-        self.optimizer = torch.optim.AdamW(_parameter_groups(self.tower, recipe), fused=True)
+        self.optimizer = self._new_optimizer()
 
     def train_step(self, step: int) -> dict[str, float]:
         """Updates the weights once.
 
         Returns:
-            This worker's `loss` (mean per query), `num_texts` and `similarity_grade_0..2` (mean
-            cosine of the grades present), and the common `gradient_norm`, `temperature` and `learning_rate`.
+            This worker's `loss` (mean per query), `num_texts` and in graded steps `similarity_grade_0..2`
+            (mean cosine of the grades present), and the common `gradient_norm`, `temperature` and `learning_rate`.
 
         Raises:
             ValueError: not the step that comes next.
@@ -123,7 +137,9 @@ class ContrastiveTrainer:
             # seeded per step, so that a checkpoint needs no generator state
             torch.manual_seed(stable_seed(self.recipe.seed, step, self.rank))
             self.tower.train()
-            factor = self._set_learning_rate(step)
+            if self.num_lexical and step == self.num_lexical:
+                self.optimizer, self._teacher = self._new_optimizer(), None
+            rate = self._set_learning_rate(step)
             self.optimizer.zero_grad(set_to_none=True)
             loss, metrics = self.step_loss(step)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -136,11 +152,13 @@ class ContrastiveTrainer:
             low, high = TEMPERATURE_BOUNDS
             self.tower.log_temperature.data.clamp_(math.log(low), math.log(high))
         self.step = step + 1
-        return {**metrics, "gradient_norm": norm, "learning_rate": factor * self.recipe.learning_rate}
+        return {**metrics, "gradient_norm": norm, "learning_rate": rate}
 
     def step_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """This worker's loss, scaled so that the mean over workers is the mean over the step's queries."""
-        batch = collate(self.sampler.step_instances(step, self.rank, self.world_size))
+        if step < self.num_lexical:
+            return self._lexical_step(step)
+        batch = collate(self.sampler.step_instances(step - self.num_lexical, self.rank, self.world_size))
         groups = by_length(batch.document_texts, TEXTS_PER_GROUP[self.model.device.type == "cuda"])
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
             query_UD, grouped_UD, temperature = self._parallel(
@@ -203,15 +221,73 @@ class ContrastiveTrainer:
             loss = loss + self.recipe.ranking_weight * supcon_loss(*ranked, temperature, reduction="sum")
         return loss
 
+    def _lexical_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        assert self._teacher is not None
+        batch = self._teacher.sampler.step_batch(step, self.rank, self.world_size)
+        groups = by_length(batch.texts, TEXTS_PER_GROUP[self.model.device.type == "cuda"])
+        query_features = tokenize(self.model, batch.queries, "query")
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+            query_QD, grouped_UD, temperature = self._parallel(
+                query_features,
+                [tokenize(self.model, [batch.texts[text] for text in group], "document") for group in groups],
+            )
+        rows = np.concatenate(groups)
+        coverage_QU = torch.from_numpy(batch.coverage[:, rows]).to(query_QD.device)
+        cosine_QU = self._teacher.cosines(query_features, batch.rows[rows])
+        loss = lexical_loss(query_QD @ grouped_UD.T, cosine_QU + self.recipe.lexical.word_weight * coverage_QU)
+        # DDP waits for the gradient of every weight, the temperature's too
+        return loss + 0.0 * temperature, {
+            "loss": loss.item(),
+            "temperature": temperature.item(),
+            "num_texts": float(len(batch.queries) + len(batch.texts)),
+        }
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(_parameter_groups(self.tower, self.recipe), fused=True)
+
     def _set_learning_rate(self, step: int) -> float:
-        """Linear rise, then linear fall; computed from the step, so there is no scheduler to save."""
-        warmup = self.recipe.warmup_share * self.num_steps
-        rising = (step + 1) / max(warmup, 1)
-        falling = (self.num_steps - step) / max(self.num_steps - warmup, 1)
+        """The rate of the pretrained weights: linear rise, then linear fall, in each phase.
+
+        Computed from the step, so there is no scheduler to save. Lexical steps have one rate for all weights.
+        """
+        is_lexical = step < self.num_lexical
+        place, count = (step, self.num_lexical) if is_lexical else (step - self.num_lexical, self.num_graded)
+        warmup = self.recipe.warmup_share * count
+        rising = (place + 1) / max(warmup, 1)
+        falling = (count - place) / max(count - warmup, 1)
         factor = max(0.0, min(1.0, rising, falling))
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        return factor
+            group["lr"] = factor * (self.recipe.lexical.learning_rate if is_lexical else group["peak"])
+        return factor * (self.recipe.lexical.learning_rate if is_lexical else self.recipe.learning_rate)
+
+
+class _LexicalTeacher:
+    """The encoder before training, with the catalogue's vectors by it."""
+
+    def __init__(
+        self, model: SentenceTransformer, catalog: Sequence[CatalogText], recipe: TrainRecipe, *, bf16: bool
+    ) -> None:
+        self.catalog = sample_catalog(catalog, recipe.lexical.max_products, recipe.seed)
+        if len(self.catalog) < 2:
+            raise ValueError(
+                f"lexical.steps={recipe.lexical.steps}: expected products to learn words from, got "
+                f"{len(self.catalog)} distinct texts; give a catalogue, or set it to 0"
+            )
+        self.model, self.recipe, self.bf16 = copy.deepcopy(model), recipe, bf16
+
+    @cached_property
+    def sampler(self) -> LexicalSampler:
+        """Made at the first lexical step: a run that resumes after the last one needs no vectors."""
+        texts = [product.text for product in self.catalog]
+        vectors = encode(self.model, texts, "document", bf16=self.bf16)
+        return LexicalSampler(self.catalog, vectors, self.recipe.lexical, self.recipe.seed)
+
+    def cosines(self, query_features: Mapping[str, Any], rows: NDArray[np.int64]) -> Tensor:
+        """Of the queries with the catalogue's products, [Q, U], without gradient."""
+        device = self.model.device
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            query_QD = forward(self.model, query_features, "query")
+        return query_QD @ torch.from_numpy(self.sampler.vectors[rows]).to(device).T
 
 
 def with_in_batch(

@@ -13,6 +13,7 @@ import numpy as np
 
 from conf.load import ConfigError, meaning, settings, validate
 from embeddings.batches import Instance
+from embeddings.lexical import CatalogText
 from embeddings.recipes import CARD_FILE, EncoderRecipe, TrainRecipe, read_card
 from embeddings.text import TextRecipe, normalise_query, product_text
 from jobs import job, labelling
@@ -23,7 +24,7 @@ from ray_apps.cluster import RayPlacement, connect
 
 log = logging.getLogger(__name__)
 
-Texts = Mapping[tuple[str, str], str]
+Products = Mapping[tuple[str, str], CatalogText]
 
 
 @settings
@@ -82,9 +83,9 @@ def run(config: Config) -> RunRecord:
     if config.inputs.model and start is None:
         raise ConfigError(f"inputs.model={config.inputs.model!r}: no such folder in the lake or elsewhere")
     encoder, text = _recipes(config.recipe, start)
-    texts = _product_texts(current, text)
-    rows, validation = labelling.train_instances(current, stage), _validation(current, texts)
-    instances = [_train_instance(row, texts, config.recipe.leave_out) for row in rows]
+    products = _products(current, text)
+    rows, validation = labelling.train_instances(current, stage), _validation(current, products)
+    instances = [_train_instance(row, products, config.recipe.leave_out) for row in rows]
     log.info("train_encoder: stage %d, %d instances, %d validation queries", stage, len(instances), len(validation))
     encoder_path, pretrained_path = f"models/encoder/{current.fingerprint}", f"models/pretrained/{current.fingerprint}"
     task = app.TrainTask(
@@ -96,6 +97,7 @@ def run(config: Config) -> RunRecord:
         start=start or "",
         pretrained="" if start else lake.path(pretrained_path),
         fingerprint=current.fingerprint,
+        catalog=list(products.values()) if config.recipe.train.lexical.steps else (),
     )
     connect(config.placement.ray)
     metrics = app.train(
@@ -128,18 +130,18 @@ def _recipes(recipe: EncoderTrainingRecipe, start: str | None) -> tuple[EncoderR
     )
 
 
-def _product_texts(current: Run, recipe: TextRecipe) -> Texts:
+def _products(current: Run, recipe: TextRecipe) -> Products:
     names = ["dataset", "product_id", "title", "brand", "category", "description"]
     version = int(current.inputs["catalog_product"])
     rows = tables.rows(current.lake, CATALOG_PRODUCT, version=version, columns=names)
     columns = [rows[name].to_pylist() for name in names]
     return {
-        (dataset, product_id): product_text(title, brand, category, description, recipe)
+        (dataset, product_id): CatalogText(product_text(title, brand, category, description, recipe), title or "")
         for dataset, product_id, title, brand, category, description in zip(*columns, strict=True)
     }
 
 
-def _validation(current: Run, texts: Texts) -> list[Instance]:
+def _validation(current: Run, products: Products) -> list[Instance]:
     """Validation queries with their human grades."""
     lake, pinned = current.lake, current.inputs
     queries = tables.rows(
@@ -156,30 +158,30 @@ def _validation(current: Run, texts: Texts) -> list[Instance]:
         grades[dataset, query_id][product_id] = grade
     judged = [(row, grades[row["dataset"], row["query_id"]]) for row in queries]
     return [
-        _instance(row, row["text"], {product: own[product] for product in sorted(own)}, texts)
+        _instance(row, row["text"], {product: own[product] for product in sorted(own)}, products)
         for row, own in sorted(judged, key=lambda item: (item[0]["dataset"], item[0]["query_id"]))
         if own
     ]
 
 
-def _train_instance(row: Mapping[str, Any], texts: Texts, leave_out: Sequence[str]) -> Instance:
+def _train_instance(row: Mapping[str, Any], products: Products, leave_out: Sequence[str]) -> Instance:
     """The instance of a row without the pairs of some sources, whose texts it keeps as graded all the same."""
     learned: dict[str, int] = {}
     skipped: dict[str, int] = {}
     for product_id, grade, source in zip(row["product_ids"], row["grades"], row["sources"], strict=True):
         (skipped if source in leave_out else learned)[product_id] = grade
-    instance = _instance(row, row["query"], learned, texts)
-    return dataclasses.replace(instance, left_out=_instance(row, row["query"], skipped, texts).products)
+    instance = _instance(row, row["query"], learned, products)
+    return dataclasses.replace(instance, left_out=_instance(row, row["query"], skipped, products).products)
 
 
-def _instance(row: Mapping[str, Any], text: str, grades: Mapping[str, int], texts: Texts) -> Instance:
+def _instance(row: Mapping[str, Any], text: str, grades: Mapping[str, int], products: Products) -> Instance:
     key = (row["dataset"], row["query_id"])
     known: dict[str, int] = {}
     for product_id, grade in grades.items():
-        product = texts.get((row["dataset"], product_id))
+        product = products.get((row["dataset"], product_id))
         if product is not None:
             # products of one text are one vector, which two grades would tear at: the higher one counts
-            known[product] = max(grade, known.get(product, 0))
+            known[product.text] = max(grade, known.get(product.text, 0))
     return Instance(key, normalise_query(text), list(known), np.array(list(known.values()), dtype=np.int8))
 
 

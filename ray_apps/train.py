@@ -22,6 +22,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from embeddings.batches import Instance
+from embeddings.lexical import CatalogText
 from embeddings.recipes import CARD_FILE, EncoderRecipe, TrainRecipe
 from embeddings.text import TextRecipe
 from lake.storage import atomic_folder
@@ -48,6 +49,7 @@ class TrainTask:
         start: folder of the encoder to go on from; empty builds it from `encoder`.
         pretrained: where the untrained baseline is saved; empty for nowhere.
         fingerprint: of the run; goes into the card.
+        catalog: products for the lexical steps; empty where the recipe has none.
     """
 
     instances: Sequence[Instance]
@@ -58,6 +60,7 @@ class TrainTask:
     start: str
     pretrained: str
     fingerprint: str
+    catalog: Sequence[CatalogText] = ()
 
     @property
     def card(self) -> dict[str, Any]:

@@ -50,7 +50,13 @@ class TrainWorker:
         else:
             model = build_encoder(task.encoder, device=str(self.device))
         self.trainer = ContrastiveTrainer(
-            model, task.instances, task.recipe, rank=self.rank, world_size=self.num_workers, wrap=self._wrap
+            model,
+            task.instances,
+            task.recipe,
+            rank=self.rank,
+            world_size=self.num_workers,
+            wrap=self._wrap,
+            catalog=task.catalog,
         )
         # only the first worker publishes; off the device, which needs it at no step
         self.pretrained = build_encoder(task.encoder) if self.rank == 0 and task.recipe.pretrained_share else None

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conf.load import ConfigError, fingerprint, validate
-from embeddings.losses import GradeMargins, circle_loss, supcon_loss
+from embeddings.losses import GradeMargins, circle_loss, lexical_loss, supcon_loss
 
 FORMATS = {
     "2-1-0": [2, 1, 0],
@@ -288,3 +288,22 @@ def test_margins_are_settings_with_bounds_and_identity():
     for wrong in ({"gamma": 0.0}, {"gamma": 513.0}, {"boundary_2p": 1.5}, {"boundary_3p": 0.5}):
         with pytest.raises(ConfigError):
             validate(GradeMargins, wrong, source="test")
+
+
+def test_lexical_loss_equals_the_weighted_variance_by_hand():
+    generator = torch.Generator().manual_seed(3)
+    similarity = torch.rand(4, 5, generator=generator, dtype=torch.float64) * 2 - 1
+    target = torch.rand(4, 5, generator=generator, dtype=torch.float64) * 2 - 1
+    pairs = list(zip(similarity.flatten().tolist(), target.flatten().tolist(), strict=True))
+    weights = [max(wanted, 0.0) + 0.1 for _, wanted in pairs]
+    mean = sum(w * (own - wanted) for w, (own, wanted) in zip(weights, pairs, strict=True)) / sum(weights)
+    squares = [w * (own - wanted - mean) ** 2 for w, (own, wanted) in zip(weights, pairs, strict=True)]
+    assert lexical_loss(similarity, target).item() == pytest.approx(sum(squares) / sum(weights), abs=1e-12)
+    # a common offset is free
+    assert lexical_loss(target - 0.3, target).item() == pytest.approx(0.0, abs=1e-12)
+    assert torch.autograd.gradcheck(lambda own: lexical_loss(own, target), similarity.requires_grad_())
+
+
+def test_lexical_loss_refuses_matrices_of_different_shape():
+    with pytest.raises(ValueError, match=r"one shape, got \[2, 3\] and \[2, 4\]"):
+        lexical_loss(torch.zeros(2, 3), torch.zeros(2, 4))

@@ -8,13 +8,17 @@ import torch
 from conf.load import ConfigError, load
 from embeddings.batches import BatchRecipe, Instance
 from embeddings.encoder import EncoderRecipe, build_encoder, encode
+from embeddings.lexical import CatalogText
 from embeddings.losses import supcon_loss
+from embeddings.recipes import LexicalRecipe
 from embeddings.training import ContrastiveTrainer, TrainRecipe, by_length, plan_steps, use_bf16, with_in_batch
 from embeddings.validation import build_validation, validation_ndcg
 from tests.tiny_models import tiny_bert_folder
 
 WORDS = ["lamp", "hose", "shoe", "drill", "sofa", "kettle", "paint", "rug"]
 BATCH = BatchRecipe(queries_per_step=4, max_products_per_query=4)
+CATALOG = [CatalogText(f"{word} {number}", f"{word} {number}") for word in WORDS for number in range(4)]
+LEXICAL = LexicalRecipe(steps=3, products_per_step=12, products_per_seed=4, learning_rate=1e-3)
 QUERIES = [f"red {word}" for word in WORDS]
 EXACT = [f"{word} red" for word in WORDS]
 
@@ -49,7 +53,7 @@ def folders(tmp_path_factory):
 def build(folders):
     def trainer(recipe, dropout=0.1, **placement):
         model = build_encoder(EncoderRecipe(model=folders[dropout]))
-        return ContrastiveTrainer(model, toy_instances(), recipe, **placement)
+        return ContrastiveTrainer(model, toy_instances(), recipe, catalog=CATALOG, **placement)
 
     return trainer
 
@@ -93,6 +97,58 @@ def test_resumed_training_is_bit_equal_to_an_unbroken_run(build, stage):
         parameters(broken)["encoder.0.model.embeddings.word_embeddings.weight"],
         expected["encoder.0.model.embeddings.word_embeddings.weight"],
     )
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4], ids=["in the lexical steps", "between", "in the graded steps"])
+def test_training_with_lexical_steps_resumes_bit_equal(build, stop):
+    recipe = TrainRecipe(max_steps=2, batch=BATCH, deterministic=True, learning_rate=1e-3, lexical=LEXICAL)
+    unbroken, broken, resumed = (build(recipe) for _ in range(3))
+    assert unbroken.num_steps == 5
+    run(unbroken, 5)
+    run(broken, stop)
+    resumed.load_state_dict(broken.state_dict())
+    run(resumed, 5 - stop)
+    expected = parameters(unbroken)
+    for name, value in parameters(resumed).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_lexical_steps_teach_the_words_of_the_catalogue(build):
+    """Which product holds the word of the query, before and after; no grade takes part."""
+    recipe = TrainRecipe(
+        max_steps=1, batch=BATCH, lexical=LexicalRecipe(steps=80, products_per_step=16, learning_rate=2e-3)
+    )
+    trainer = build(recipe, dropout=0.0)
+    queries, own = WORDS, np.repeat(np.eye(len(WORDS), dtype=bool), 4, axis=1)
+
+    def gap():
+        cosine = (
+            encode(trainer.model, queries, "query")
+            @ encode(trainer.model, [product.text for product in CATALOG], "document").T
+        )
+        return float(cosine[own].mean() - cosine[~own].mean())
+
+    before = gap()
+    losses = [metrics["loss"] for metrics in run(trainer, 80)]
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+    assert gap() > before + 0.2
+
+
+def test_lexical_steps_have_their_own_rate_and_a_fresh_optimiser_follows(build):
+    recipe = TrainRecipe(max_steps=4, batch=BATCH, warmup_share=0.0, learning_rate=4e-5, lexical=LEXICAL)
+    trainer = build(recipe)
+    metrics = run(trainer, 3)
+    assert [of["learning_rate"] for of in metrics] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
+    assert "similarity_grade_2" not in metrics[0]
+    graded = run(trainer, 1)[0]
+    assert graded["learning_rate"] == pytest.approx(4e-5)
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {1}
+
+
+def test_lexical_steps_without_products_are_refused(folders):
+    model = build_encoder(EncoderRecipe(model=folders[0.0]))
+    with pytest.raises(ValueError, match=r"lexical\.steps=3: expected products .* got 1 distinct texts; give"):
+        ContrastiveTrainer(model, toy_instances(), TrainRecipe(lexical=LEXICAL), catalog=CATALOG[:1] * 2)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +231,10 @@ def test_mean_gradient_over_workers_equals_that_of_one_worker(build, stage, worl
 
 @pytest.mark.usefixtures("one_process_group")
 def test_ddp_finds_a_gradient_for_every_weight(build):
-    """A weight that no gradient reaches makes DDP raise at the second step."""
-    trainer = build(TrainRecipe(max_steps=2, batch=BATCH), wrap=torch.nn.parallel.DistributedDataParallel)
-    assert [metrics["learning_rate"] > 0 for metrics in run(trainer, 2)] == [True, True]
+    """A weight that no gradient reaches makes DDP raise at the next step."""
+    recipe = TrainRecipe(max_steps=2, batch=BATCH, lexical=LEXICAL)
+    trainer = build(recipe, wrap=torch.nn.parallel.DistributedDataParallel)
+    assert all(metrics["learning_rate"] > 0 for metrics in run(trainer, 5))
 
 
 @pytest.fixture
