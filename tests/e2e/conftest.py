@@ -21,6 +21,7 @@ def small_loop(lake_root, model):
         "steps.tune_labeller.recipe.epochs=1",
         f"steps.train_stage1.recipe.encoder.model={model}",
         "steps.train_stage1.recipe.train.epochs=2",
+        "steps.train_stage1.recipe.train.lexical.steps=3",
         "steps.train_stage2.recipe.train.epochs=2",
         "steps.mine_hard_pairs.recipe.mining.depth=20",
         "steps.mine_hard_pairs.recipe.mining.max_hard_negatives_per_query=3",
