@@ -4,7 +4,8 @@ A pretrained encoder knows what words mean, but blurs model numbers, sizes and n
 search. Before the first graded step it can learn, on queries cut out of titles, to give each product its pretrained
 cosine plus a share of the query's words that the product holds: a dense model imitates a lexical one, as in SPAR
 (Chen et al. 2021, arXiv 2110.06918), on queries of its own domain without labels, as in GPL (Wang et al. 2021, arXiv
-2112.07577). No grade is needed, so it helps most where people's grades are few.
+2112.07577). No grade is needed, so it helps most where people's grades are few. Words are what spaces and punctuation
+part; of a language that writes without spaces little is learned.
 
 Q queries, U product texts of a step, N of the catalogue, D width of a vector.
 """
@@ -41,9 +42,9 @@ class CatalogText:
 
 
 def sample_catalog(catalog: Iterable[CatalogText], limit: int, seed: int) -> list[CatalogText]:
-    """At most `limit` products of distinct texts, by chance, in the order of their texts."""
+    """At most `limit` products of distinct texts, by chance, in the order of their texts; titles hold a word."""
     ordered = sorted(catalog, key=lambda product: (product.text, product.title))
-    distinct = list({product.text: product for product in ordered if product.text}.values())
+    distinct = list({product.text: product for product in ordered if word_set(product.title)}.values())
     if len(distinct) <= limit:
         return distinct
     rng = np.random.default_rng(stable_seed(seed, "catalog"))
@@ -82,8 +83,11 @@ class WordWeights:
         coverage_QU = np.zeros((len(queries), len(texts)), dtype=np.float32)
         for row, query in enumerate(queries):
             weights = {word: self[word] for word in word_set(query)}
-            if total := sum(weights.values()):
-                coverage_QU[row] = [sum(weights[word] for word in weights.keys() & held) / total for held in held_U]
+            # exact sums: those of floats in a set's order would differ between processes
+            if total := math.fsum(weights.values()):
+                coverage_QU[row] = [
+                    math.fsum(weights[word] for word in weights.keys() & held) / total for held in held_U
+                ]
         return coverage_QU
 
 
@@ -131,7 +135,7 @@ class LexicalSampler:
         rows = np.unique(np.concatenate([self._around(seed, rng) for seed in seeds[rank::world_size]]))
         products = [self.catalog[row] for row in rows]
         texts = [product.text for product in products]
-        queries = sorted({query for product in products if (query := cut_query(product.title, self.weights, rng))})
+        queries = sorted({cut_query(product.title, self.weights, rng) for product in products})
         return LexicalBatch(queries, texts, rows, self.weights.coverage(queries, texts))
 
     def _around(self, seed: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -143,13 +147,11 @@ class LexicalSampler:
 
 
 def cut_query(title: str, weights: WordWeights, rng: np.random.Generator) -> str:
-    """One to five words from the head of a title, in their order; empty for a title without words.
+    """One to five words from the head of a title that holds any, in their order.
 
     Half of the queries are a run of words, half are words drawn by their weight.
     """
     units = [unit for unit in _UNIT.findall(title) if _WORD.search(unit)][:HEAD_WORDS]
-    if not units:
-        return ""
     count = min(int(rng.integers(1, MAX_QUERY_WORDS + 1)), len(units))
     if rng.random() < 0.5:
         start = int(rng.integers(0, len(units) - count + 1))

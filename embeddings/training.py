@@ -89,7 +89,7 @@ class ContrastiveTrainer:
         catalog: products for the lexical steps; not used without any.
 
     Raises:
-        ValueError: no instance has a contrast, or there are lexical steps but fewer than two distinct products.
+        ValueError: no instance has a contrast, or there are lexical steps and hardly any products.
 
     Example:
         >>> trainer = ContrastiveTrainer(build_encoder(EncoderRecipe()), instances, TrainRecipe())
@@ -114,7 +114,9 @@ class ContrastiveTrainer:
         self.num_graded = plan_steps(recipe, len(self.sampler.instances))
         self.num_steps = self.num_lexical + self.num_graded
         self.bf16 = use_bf16(recipe, model.device.type)
-        self._teacher = _LexicalTeacher(model, catalog, recipe, bf16=self.bf16) if self.num_lexical else None
+        self._teacher = (
+            _LexicalTeacher(model, catalog, recipe, world_size=world_size, bf16=self.bf16) if self.num_lexical else None
+        )
         self.step = 0
         self.tower = TwoTower(model, recipe)
         self._parallel = wrap(self.tower)
@@ -265,13 +267,20 @@ class _LexicalTeacher:
     """The encoder before training, with the catalogue's vectors by it."""
 
     def __init__(
-        self, model: SentenceTransformer, catalog: Sequence[CatalogText], recipe: TrainRecipe, *, bf16: bool
+        self,
+        model: SentenceTransformer,
+        catalog: Sequence[CatalogText],
+        recipe: TrainRecipe,
+        *,
+        world_size: int,
+        bf16: bool,
     ) -> None:
         self.catalog = sample_catalog(catalog, recipe.lexical.max_products, recipe.seed)
-        if len(self.catalog) < 2:
+        least = max(2, world_size)
+        if len(self.catalog) < least:
             raise ValueError(
-                f"lexical.steps={recipe.lexical.steps}: expected products to learn words from, got "
-                f"{len(self.catalog)} distinct texts; give a catalogue, or set it to 0"
+                f"lexical.steps={recipe.lexical.steps}: expected at least {least} products with distinct texts and "
+                f"words in their titles, got {len(self.catalog)}; give a larger catalogue, or set it to 0"
             )
         self.model, self.recipe, self.bf16 = copy.deepcopy(model), recipe, bf16
 
