@@ -1,14 +1,13 @@
-"""Which retrieved products are worth a grade, and which graded ones are hard.
+"""Which retrieved products are worth a grade.
 
-The stage 1 encoder ranks the training products for every training query. A grade 0 in the better half of the
-top k is a hard negative, a grade 1 or 2 in the worse half a hard positive; the rest the encoder already has
-right.
+The stage 1 encoder ranks products for every training query. A grade 0 in the better half of the top k is a hard
+negative, a grade 1 or 2 in the worse half a hard positive; the rest the encoder already has right.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Final, NamedTuple
 
 import numpy as np
@@ -48,12 +47,11 @@ class MiningRecipe:
 
 
 class HardCandidate(NamedTuple):
-    """A retrieved product that may be a hard pair; `grade` is None until the labeller gives one."""
+    """A retrieved product without a grade that may be a hard pair."""
 
     product_id: str
     rank: int
     band: str
-    grade: int | None
 
 
 def assign_bands(rank: ArrayLike, depth: int) -> NDArray[np.str_]:
@@ -69,18 +67,17 @@ def assign_bands(rank: ArrayLike, depth: int) -> NDArray[np.str_]:
 
 
 def select_candidates(
-    query_key: tuple[str, str], retrieved: Sequence[str], judged: Mapping[str, int], *, recipe: MiningRecipe
+    query_key: tuple[str, str], retrieved: Sequence[str], judged: Collection[str], *, recipe: MiningRecipe
 ) -> list[HardCandidate]:
-    """Candidates for hard pairs of one query, by rank: the graded ones and a draw of the ungraded.
+    """Candidates for hard pairs of one query, by rank: a draw of each band's products that have no grade yet.
 
-    A known grade costs nothing, so such products are all kept with it; the caps bound what is to be labelled.
     The draw depends on the recipe's seed and the query's key alone, not on other queries or the order of
     work.
 
     Args:
         query_key: (dataset, query_id).
         retrieved: product ids, best first; those past the recipe's depth are ignored.
-        judged: known grades of the query's products.
+        judged: products of the query that are graded already; an instance holds them anyway.
         recipe: depth, caps and seed.
     """
     products = retrieved[: recipe.depth]
@@ -88,17 +85,14 @@ def select_candidates(
     known = np.array([product in judged for product in products], dtype=bool)
     reachable = np.arange(len(products)) >= recipe.skip_top
     generator = np.random.default_rng(_seed_of(recipe.seed, *query_key))
-    chosen = known & reachable
+    chosen = np.zeros(len(products), dtype=bool)
     for band, cap in (
         (TOP, recipe.max_hard_negatives_per_query),
         (TAIL, recipe.max_hard_positives_per_query),
     ):
         ungraded = np.flatnonzero((bands == band) & reachable & ~known)
         chosen[generator.permutation(ungraded)[:cap]] = True
-    return [
-        HardCandidate(products[place], int(place) + 1, str(bands[place]), judged.get(products[place]))
-        for place in np.flatnonzero(chosen)
-    ]
+    return [HardCandidate(products[place], int(place) + 1, str(bands[place])) for place in np.flatnonzero(chosen)]
 
 
 def _seed_of(seed: int, dataset: str, query_id: str) -> int:

@@ -93,7 +93,7 @@ AFTER_IMPORT = (
             ("stage2", "train_stage2/encoder"),
         ),
     ),
-    Step("report", "report"),
+    Step("report", "report", takes=(("labeller", "labeller"),)),
 )
 CHOSEN = {
     "pretrained": "pretrained",

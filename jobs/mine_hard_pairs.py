@@ -119,7 +119,7 @@ def _mined_rows(
     rows = []
     for place, instance in enumerate(instances):
         retrieved = [ids[row] for row in found.row_QK[place].tolist()]
-        judged = dict(zip(instance["product_ids"], instance["grades"], strict=True))
+        judged = set(instance["product_ids"])
         key = (catalog.dataset, instance["query_id"])
         rows += [
             {
@@ -132,7 +132,6 @@ def _mined_rows(
                 "shard": int(found.shard_QK[place, candidate.rank - 1]),
             }
             for candidate in select_candidates(key, retrieved, judged, recipe=recipe)
-            if candidate.grade is None
         ]
     return rows
 

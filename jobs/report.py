@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from conf.load import meaning, settings
+from conf.load import ConfigError, meaning, settings
 from embeddings import report as page
 from jobs import job
 from lake import runs, tables
@@ -41,6 +41,7 @@ class Inputs:
     evaluation_query: job.TableVersion = "newest"
     evaluation_pair: job.TableVersion = "newest"
     catalog_product: job.TableVersion = "newest"
+    labeller: Annotated[str, meaning("folder of the labeller that is shown, below the lake; empty: the newest")] = ""
 
 
 @settings
@@ -80,7 +81,7 @@ def run(config: Config) -> RunRecord:
         [
             _metric_sheet("Retrieval over the full catalogue", rows, RETRIEVAL),
             _metric_sheet("Separation of the grades", rows, (*SEPARATION, *MARGINS)),
-            *_labeller_sheets(current),
+            *_labeller_sheets(current, config.inputs.labeller),
             *_worst_sheets(current, rows, last, config.recipe.num_worst_queries),
             _steps_sheet(current),
         ],
@@ -144,10 +145,17 @@ def _cell(row: dict[str, Any], name: str) -> str:
     return f"{value:.4f}" if low is None else f"{value:.4f} [{low:+.3f} {high:+.3f}]"
 
 
-def _labeller_sheets(current: Run) -> list[page.Sheet]:
-    record = runs.newest(current.lake, "tune_labeller")
-    if record is None:
+def _labeller_sheets(current: Run, folder: str) -> list[page.Sheet]:
+    tunings = [record for record in runs.records(current.lake) if record.job == "tune_labeller"]
+    shown = [record for record in tunings if not folder or record.outputs["labeller"] == folder]
+    if folder and not shown:
+        raise ConfigError(
+            f"inputs.labeller={folder!r}: no tune_labeller of lake={current.lake.root} wrote it; "
+            "assay runs lists what did run"
+        )
+    if not shown:
         return []
+    record = shown[-1]
     kinds = (("fine-tuned", ""), ("majority class", "majority_"), ("pretrained cosine", "cosine_"))
     lines = [
         [

@@ -162,3 +162,13 @@ def test_evaluation_rows_name_the_versions_they_stand_on(finished):
     assert {"query", "catalog_product", "annotation_consensus", "pretrained", "stage1", "stage2"} <= set(record.inputs)
     kept = tables.rows(lake, EVALUATION).to_pylist()
     assert {row["fingerprint"] for row in kept} == {row["fingerprint"] for row in found["evaluation"]}
+
+
+def test_a_report_shows_the_labeller_it_is_given_and_refuses_one_of_elsewhere(finished, capsys):
+    lake, _, _ = finished
+    own = runs.newest(lake, "tune_labeller").outputs["labeller"]
+    assert cli.main(["run", "report", "dev", f"lake={lake.root}", f"inputs.labeller={own}"]) == job.DONE
+    assert (
+        cli.main(["run", "report", "dev", f"lake={lake.root}", "inputs.labeller=models/labeller/none"]) == job.BAD_USAGE
+    )
+    assert "no tune_labeller" in capsys.readouterr().err
