@@ -13,6 +13,7 @@ from deltalake import write_deltalake
 from conf.load import ConfigError, load_job
 from embeddings.batches import BatchRecipe
 from embeddings.encoder import load_encoder
+from embeddings.lexical import CatalogText
 from embeddings.mining import MiningRecipe
 from embeddings.recipes import EncoderRecipe, TrainRecipe
 from embeddings.text import TextRecipe
@@ -172,11 +173,11 @@ def test_pairs_of_left_out_sources_stay_known_as_graded():
         "grades": [2, 0, 1, 0],
         "sources": ["human", "sampled", "mined", "sampled"],
     }
-    texts = {("toy", name): f"text {name}" for name in "abc"}
-    instance = train_encoder._train_instance(row, texts, ("sampled",))
+    products = {("toy", name): CatalogText(f"text {name}", name) for name in "abc"}
+    instance = train_encoder._train_instance(row, products, ("sampled",))
     assert (instance.products, instance.grades.tolist()) == (["text a", "text c"], [2, 1])
     assert instance.left_out == ["text b"]
-    assert train_encoder._train_instance(row, texts, ()).products == ["text a", "text b", "text c"]
+    assert train_encoder._train_instance(row, products, ()).products == ["text a", "text b", "text c"]
 
 
 def test_mined_pairs_are_ungraded_unique_and_in_their_band(chain):
