@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from pathlib import Path
@@ -77,21 +78,37 @@ def ray_head(tmp_path):
         gcs, dashboard = one.getsockname()[1], two.getsockname()[1]
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     command = [ray, "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
-    head = subprocess.Popen(
-        [*command, "--dashboard-host=127.0.0.1", f"--temp-dir={tmp_path}/r"],
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    # Ray's sockets lie below: their paths may have 107 bytes, tmp_path alone has most of them
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as place:
+        told = tmp_path / "head.log"
+        with told.open("wb") as stream:
+            head = subprocess.Popen(
+                [*command, "--dashboard-host=127.0.0.1", f"--temp-dir={place}"],
+                env=environment,
+                start_new_session=True,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            _wait_for(dashboard, head, told)
+            yield environment
+        finally:
+            if head.poll() is None:
+                os.killpg(head.pid, signal.SIGTERM)
+            head.wait(timeout=60)
+
+
+def _wait_for(port, process, log):
     for _ in range(120):
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
-                break
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                # the dashboard listens before there is an agent that takes jobs
+                time.sleep(20)
+                return
+        if process.poll() is not None:
+            break
         time.sleep(1)
-    yield environment
-    os.killpg(head.pid, signal.SIGTERM)
-    head.wait(timeout=60)
+    pytest.fail(f"the Ray head does not listen: {log.read_text()[-2000:]}")
 
 
 @pytest.mark.slow
