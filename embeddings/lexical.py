@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 
 from embeddings.batches import stable_seed
 from embeddings.recipes import LexicalRecipe
+from embeddings.text import words
 
 MAX_QUERY_WORDS = 5
 HEAD_WORDS = 14
 """Of a title; queries are cut from these, since what a product is stands first."""
 NEAREST = 40
 """Products that a seed's companions are drawn from."""
-_WORD = re.compile(r"[^\W_]+")
 _UNIT = re.compile(r"[^\s,()/|]+")
 
 
@@ -54,8 +54,7 @@ def sample_catalog(catalog: Iterable[CatalogText], limit: int, seed: int) -> lis
 def word_set(text: str) -> frozenset[str]:
     """Words in lower case, those of more than three letters without an s at the end, so that plurals meet."""
     return frozenset(
-        word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
-        for word in _WORD.findall(text.lower())
+        word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words(text)
     )
 
 
@@ -151,7 +150,7 @@ def cut_query(title: str, weights: WordWeights, rng: np.random.Generator) -> str
 
     Half of the queries are a run of words, half are words drawn by their weight.
     """
-    units = [unit for unit in _UNIT.findall(title) if _WORD.search(unit)][:HEAD_WORDS]
+    units = [unit for unit in _UNIT.findall(title) if words(unit)][:HEAD_WORDS]
     count = min(int(rng.integers(1, MAX_QUERY_WORDS + 1)), len(units))
     if rng.random() < 0.5:
         start = int(rng.integers(0, len(units) - count + 1))

@@ -8,7 +8,6 @@ right.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -16,9 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from embeddings.metrics import Interval, percentile_interval
+from embeddings.text import words
 
 GRADE_PAIRS: Final = {"auc_2v1": (2, 1), "auc_1v0": (1, 0), "auc_2v0": (2, 0)}
-_TOKEN = re.compile(r"[^\W_]+")
 
 
 def auc(scores_high: ArrayLike, scores_low: ArrayLike) -> float:
@@ -123,8 +122,8 @@ def token_overlap(query: str, title: str) -> float:
 
     0 for a query without any.
     """
-    wanted = set(_TOKEN.findall(query.lower()))
-    return len(wanted & set(_TOKEN.findall(title.lower()))) / len(wanted) if wanted else 0.0
+    wanted = set(words(query))
+    return len(wanted & set(words(title))) / len(wanted) if wanted else 0.0
 
 
 def _query_separation(score_N: NDArray[np.float64], grade_N: NDArray[Any]) -> dict[str, float]:

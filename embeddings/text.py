@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 import unicodedata
 from typing import Annotated
@@ -11,6 +12,7 @@ from conf.load import meaning, settings
 CATEGORY_SEPARATOR = " > "
 """Between the levels of a category path, from the widest to the narrowest."""
 
+_WORD = re.compile(r"[^\W_]+")
 _FIELDS = ("title", "brand", "category", "description")
 
 
@@ -60,6 +62,11 @@ def product_text(
     }
     kept = [clause for clause in recipe.clauses if all(values[name] for name in clause_fields(clause))]
     return recipe.joint.join(clause.format_map(values) for clause in kept)
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters and digits, in lower case, in their order."""
+    return _WORD.findall(text.lower())
 
 
 def normalise_query(text: str) -> str:
