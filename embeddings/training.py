@@ -31,7 +31,7 @@ from conf.load import fingerprint
 from embeddings.backbone import has_fast_bf16
 from embeddings.batches import Instance, InstanceSampler, collate, stable_seed
 from embeddings.encoder import encode, forward, tokenize
-from embeddings.lexical import CatalogText, LexicalSampler, sample_catalog
+from embeddings.lexical import CatalogText, LexicalSampler
 from embeddings.losses import circle_loss, lexical_loss, supcon_loss
 from embeddings.recipes import TEMPERATURE_BOUNDS
 from embeddings.recipes import TrainRecipe as TrainRecipe
@@ -86,7 +86,7 @@ class ContrastiveTrainer:
         rank: of this worker.
         world_size: number of workers.
         wrap: puts the module into DistributedDataParallel; the module as it is for a single worker.
-        catalog: products for the lexical steps; not used without any.
+        catalog: products for the lexical steps, as `lexical.sample_catalog` gives them; not used without any.
 
     Raises:
         ValueError: no instance has a contrast, or there are lexical steps and hardly any products.
@@ -157,18 +157,14 @@ class ContrastiveTrainer:
         return {**metrics, "gradient_norm": norm, "learning_rate": rate}
 
     def step_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """This worker's loss, scaled so that the mean over workers is the mean over the step's queries."""
+        """This worker's loss, scaled so that the mean over workers is the mean over a graded step's queries."""
         if step < self.num_lexical:
             return self._lexical_step(step)
         batch = collate(self.sampler.step_instances(step - self.num_lexical, self.rank, self.world_size))
-        groups = by_length(batch.document_texts, TEXTS_PER_GROUP[self.model.device.type == "cuda"])
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-            query_UD, grouped_UD, temperature = self._parallel(
-                tokenize(self.model, batch.query_texts, "query"),
-                [tokenize(self.model, [batch.document_texts[text] for text in group], "document") for group in groups],
-            )
+        query_UD, document_UD, temperature = self._vectors(
+            tokenize(self.model, batch.query_texts, "query"), batch.document_texts
+        )
         place = query_UD.device
-        document_UD = grouped_UD[torch.from_numpy(np.argsort(np.concatenate(groups))).to(place)]
         index_QP = torch.from_numpy(batch.document_index).to(place)
         grade_QP = torch.from_numpy(batch.grades).to(place)
         query_QD = query_UD[torch.from_numpy(batch.query_index).to(place)]
@@ -226,23 +222,33 @@ class ContrastiveTrainer:
     def _lexical_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
         assert self._teacher is not None
         batch = self._teacher.sampler.step_batch(step, self.rank, self.world_size)
-        groups = by_length(batch.texts, TEXTS_PER_GROUP[self.model.device.type == "cuda"])
         query_features = tokenize(self.model, batch.queries, "query")
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-            query_QD, grouped_UD, temperature = self._parallel(
-                query_features,
-                [tokenize(self.model, [batch.texts[text] for text in group], "document") for group in groups],
-            )
-        rows = np.concatenate(groups)
-        coverage_QU = torch.from_numpy(batch.coverage[:, rows]).to(query_QD.device)
-        cosine_QU = self._teacher.cosines(query_features, batch.rows[rows])
-        loss = lexical_loss(query_QD @ grouped_UD.T, cosine_QU + self.recipe.lexical.word_weight * coverage_QU)
+        query_QD, document_UD, temperature = self._vectors(query_features, batch.texts)
+        coverage_QU = torch.from_numpy(batch.coverage).to(query_QD.device)
+        cosine_QU = self._teacher.cosines(query_features, batch.rows)
+        loss = lexical_loss(query_QD @ document_UD.T, cosine_QU + self.recipe.lexical.word_weight * coverage_QU)
         # DDP waits for the gradient of every weight, the temperature's too
         return loss + 0.0 * temperature, {
             "loss": loss.item(),
             "temperature": temperature.item(),
             "num_texts": float(len(batch.queries) + len(batch.texts)),
         }
+
+    def _vectors(
+        self, query_features: Mapping[str, Any], document_texts: Sequence[str]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors of the queries and of the documents, in their order, and the temperature."""
+        groups = by_length(document_texts, TEXTS_PER_GROUP[self.model.device.type == "cuda"])
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+            query_UD, grouped_UD, temperature = self._parallel(
+                query_features,
+                [tokenize(self.model, [document_texts[text] for text in group], "document") for group in groups],
+            )
+        return (
+            query_UD,
+            grouped_UD[torch.from_numpy(np.argsort(np.concatenate(groups))).to(query_UD.device)],
+            temperature,
+        )
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(_parameter_groups(self.tower, self.recipe), fused=True)
@@ -258,9 +264,10 @@ class ContrastiveTrainer:
         rising = (place + 1) / max(warmup, 1)
         falling = (count - place) / max(count - warmup, 1)
         factor = max(0.0, min(1.0, rising, falling))
+        peak = self.recipe.lexical.learning_rate if is_lexical else self.recipe.learning_rate
         for group in self.optimizer.param_groups:
-            group["lr"] = factor * (self.recipe.lexical.learning_rate if is_lexical else group["peak"])
-        return factor * (self.recipe.lexical.learning_rate if is_lexical else self.recipe.learning_rate)
+            group["lr"] = factor * (peak if is_lexical else group["peak"])
+        return factor * peak
 
 
 class _LexicalTeacher:
@@ -275,14 +282,13 @@ class _LexicalTeacher:
         world_size: int,
         bf16: bool,
     ) -> None:
-        self.catalog = sample_catalog(catalog, recipe.lexical.max_products, recipe.seed)
         least = max(2, world_size)
-        if len(self.catalog) < least:
+        if len(catalog) < least:
             raise ValueError(
                 f"lexical.steps={recipe.lexical.steps}: expected at least {least} products with distinct texts and "
-                f"words in their titles, got {len(self.catalog)}; give a larger catalogue, or set it to 0"
+                f"words in their titles, got {len(catalog)}; give a larger catalogue, or set it to 0"
             )
-        self.model, self.recipe, self.bf16 = copy.deepcopy(model), recipe, bf16
+        self.model, self.catalog, self.recipe, self.bf16 = copy.deepcopy(model), catalog, recipe, bf16
 
     @cached_property
     def sampler(self) -> LexicalSampler:

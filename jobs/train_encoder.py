@@ -13,7 +13,7 @@ import numpy as np
 
 from conf.load import ConfigError, meaning, settings, validate
 from embeddings.batches import Instance
-from embeddings.lexical import CatalogText
+from embeddings.lexical import CatalogText, sample_catalog
 from embeddings.recipes import CARD_FILE, EncoderRecipe, TrainRecipe, read_card
 from embeddings.text import TextRecipe, normalise_query, product_text
 from jobs import job, labelling
@@ -97,7 +97,7 @@ def run(config: Config) -> RunRecord:
         start=start or "",
         pretrained="" if start else lake.path(pretrained_path),
         fingerprint=current.fingerprint,
-        catalog=list(products.values()) if config.recipe.train.lexical.steps else (),
+        catalog=_lexical_sample(products, config.recipe.train),
     )
     connect(config.placement.ray)
     metrics = app.train(
@@ -139,6 +139,13 @@ def _products(current: Run, recipe: TextRecipe) -> Products:
         (dataset, product_id): CatalogText(product_text(title, brand, category, description, recipe), title or "")
         for dataset, product_id, title, brand, category, description in zip(*columns, strict=True)
     }
+
+
+def _lexical_sample(products: Products, recipe: TrainRecipe) -> list[CatalogText]:
+    """What the lexical steps learn from; drawn before the workers start, since each of them holds all it is given."""
+    if not recipe.lexical.steps:
+        return []
+    return sample_catalog(products.values(), recipe.lexical.max_products, recipe.seed)
 
 
 def _validation(current: Run, products: Products) -> list[Instance]:

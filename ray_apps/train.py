@@ -49,7 +49,7 @@ class TrainTask:
         start: folder of the encoder to go on from; empty builds it from `encoder`.
         pretrained: where the untrained baseline is saved; empty for nowhere.
         fingerprint: of the run; goes into the card.
-        catalog: products for the lexical steps; empty where the recipe has none.
+        catalog: products for the lexical steps, a sample of the catalogue; empty where the recipe has none.
     """
 
     instances: Sequence[Instance]
