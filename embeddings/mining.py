@@ -82,16 +82,15 @@ def select_candidates(
     """
     products = retrieved[: recipe.depth]
     bands = assign_bands(np.arange(1, len(products) + 1), recipe.depth)
-    known = np.array([product in judged for product in products], dtype=bool)
-    reachable = np.arange(len(products)) >= recipe.skip_top
+    is_open = np.array([product not in judged for product in products], dtype=bool)
+    is_open[: recipe.skip_top] = False
     generator = np.random.default_rng(_seed_of(recipe.seed, *query_key))
     chosen = np.zeros(len(products), dtype=bool)
     for band, cap in (
         (TOP, recipe.max_hard_negatives_per_query),
         (TAIL, recipe.max_hard_positives_per_query),
     ):
-        ungraded = np.flatnonzero((bands == band) & reachable & ~known)
-        chosen[generator.permutation(ungraded)[:cap]] = True
+        chosen[generator.permutation(np.flatnonzero((bands == band) & is_open))[:cap]] = True
     return [HardCandidate(products[place], int(place) + 1, str(bands[place])) for place in np.flatnonzero(chosen)]
 
 

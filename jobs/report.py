@@ -147,15 +147,16 @@ def _cell(row: dict[str, Any], name: str) -> str:
 
 def _labeller_sheets(current: Run, folder: str) -> list[page.Sheet]:
     tunings = [record for record in runs.records(current.lake) if record.job == "tune_labeller"]
-    shown = [record for record in tunings if not folder or record.outputs["labeller"] == folder]
-    if folder and not shown:
-        raise ConfigError(
-            f"inputs.labeller={folder!r}: no tune_labeller of lake={current.lake.root} wrote it; "
-            "assay runs lists what did run"
-        )
-    if not shown:
+    if folder:
+        tunings = [record for record in tunings if record.outputs["labeller"] == folder]
+        if not tunings:
+            raise ConfigError(
+                f"inputs.labeller={folder!r}: no tune_labeller of lake={current.lake.root} wrote it; "
+                "assay runs lists what did run"
+            )
+    if not tunings:
         return []
-    record = shown[-1]
+    record = tunings[-1]
     kinds = (("fine-tuned", ""), ("majority class", "majority_"), ("pretrained cosine", "cosine_"))
     lines = [
         [
