@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import signal
 import subprocess
@@ -64,10 +63,6 @@ def weights(folder):
     return load_encoder(folder)[0].state_dict()
 
 
-def distance(left, right):
-    return math.sqrt(sum((left[name] - right[name]).square().sum().item() for name in left))
-
-
 def test_two_workers_learn_what_one_learns(ray_cluster, tmp_path):
     bert = tiny_bert_folder(tmp_path / "bert", dropout=0.0)
     recipe = dataclasses.replace(RECIPE, max_steps=4, learning_rate=1e-4)
@@ -81,11 +76,10 @@ def test_two_workers_learn_what_one_learns(ray_cluster, tmp_path):
     assert one["steps"] == two["steps"] == one["published_step"] == 4
     start = build_encoder(EncoderRecipe(model=str(bert)))
     left, right, before = weights(tmp_path / "one"), weights(tmp_path / "two"), start.state_dict()
-    # Adam steps by the sign of a gradient however small it is: where rounding decides it a weight may differ by whole
-    # steps, so all of them are compared, with a run that drew otherwise for the scale
-    otherwise = make_task(bert, "otherwise", dataclasses.replace(recipe, seed=1))
-    run_training(tmp_path, dataclasses.replace(otherwise, validation=[]))
-    assert 0 < distance(left, right) < 0.05 * distance(left, weights(tmp_path / "otherwise"))
+    # no attention depends on a bias of its keys: its gradient is rounding alone, of which Adam makes whole steps
+    compared = [name for name in left if not name.endswith("attention.self.key.bias")]
+    assert len(compared) == len(left) - 2
+    assert max((left[name] - right[name]).abs().max().item() for name in compared) < 1e-4
     assert max((left[name] - before[name]).abs().max().item() for name in left) > 2e-4
     # the baseline is saved, and an identity head does not change its vectors
     texts = ["red shoe", "lamp"]
