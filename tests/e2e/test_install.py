@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import tomllib
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ PACKAGES = ("conf", "lake", "embeddings", "spark_etl", "ray_apps", "jobs")
 def run(command, **more):
     """Standard output of a command that must succeed."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, **more)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
 
@@ -72,25 +73,30 @@ def test_the_wheel_runs_in_an_empty_environment(tmp_path):
 def ray_head(tmp_path):
     """Environment in which commands talk to a Ray head of two CPUs."""
     ray = str(Path(sys.executable).parent / "ray")
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        gcs, dashboard = one.getsockname()[1], two.getsockname()[1]
+    with ExitStack() as opened:
+        probes = [opened.enter_context(socket.socket()) for _ in range(3)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        gcs, dashboard, agent = (probe.getsockname()[1] for probe in probes)
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    # a job is a command of the head's shell, whose `python` is the first on its path
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     command = [ray, "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    # the tests' own cluster holds the usual port of an agent, and a head without one takes no job
+    command += [f"--dashboard-agent-listen-port={agent}", "--dashboard-host=127.0.0.1"]
     # Ray's sockets lie below: their paths may have 107 bytes, tmp_path alone has most of them
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as place:
         told = tmp_path / "head.log"
         with told.open("wb") as stream:
             head = subprocess.Popen(
-                [*command, "--dashboard-host=127.0.0.1", f"--temp-dir={place}"],
+                [*command, f"--temp-dir={place}"],
                 env=environment,
                 start_new_session=True,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )
         try:
-            _wait_for(dashboard, head, told)
+            _wait_for(ray, environment, head, told)
             yield environment
         finally:
             if head.poll() is None:
@@ -98,17 +104,16 @@ def ray_head(tmp_path):
             head.wait(timeout=60)
 
 
-def _wait_for(port, process, log):
-    for _ in range(120):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                # the dashboard listens before there is an agent that takes jobs
-                time.sleep(20)
-                return
-        if process.poll() is not None:
+def _wait_for(ray, environment, head, log):
+    """The dashboard listens before the agent does, so a job that ends says when the head is ready."""
+    for _ in range(20):
+        asked = subprocess.run([ray, "job", "submit", "--", "true"], env=environment, capture_output=True, check=False)
+        if asked.returncode == 0:
+            return
+        if head.poll() is not None:
             break
         time.sleep(1)
-    pytest.fail(f"the Ray head does not listen: {log.read_text()[-2000:]}")
+    pytest.fail(f"the Ray head takes no job: {log.read_text()[-2000:]}")
 
 
 @pytest.mark.slow
