@@ -81,6 +81,19 @@ def grade_of_mark(mark: str, cuts: GradeCuts) -> int | None:
     return 2 if bounded and isinstance(key, float) else None
 
 
+def grade_value_of_mark(mark: str, cuts: GradeCuts) -> float | None:
+    """The mark on the scale of grades, in [0, 2]; None where it has no grade.
+
+    Listed marks stand for their grade. Between upper bounds the scale is linear: the bound of grade 0 is 0.5, that of
+    grade 1 is 1.5, so that a mean of several raters keeps how far they were apart.
+    """
+    grade = grade_of_mark(mark, cuts)
+    low, high = cuts[0], cuts[1]
+    if grade is None or not isinstance(low, int | float) or not isinstance(high, int | float):
+        return grade
+    return min(max(0.5 + (float(mark) - low) / (high - low), 0.0), 2.0)
+
+
 def _mark_key(mark: Mark) -> float | str:
     try:
         value = float(mark)
@@ -142,9 +155,9 @@ def write_judged(
     data.rejected += [{"table": file, "row": line, "reason": reason} for file, line, reason in source.broken]
     _check_products(data)
     queries = _check_queries(data)
-    grade = _check_marks(data, [row[0] for row in queries], cuts)
+    grade, value = _check_marks(data, [row[0] for row in queries], cuts)
     count = len(data.marks)
-    marks = data.marks.append_column("grade", grade)
+    marks = data.marks.append_column("grade", grade).append_column("grade_value", value)
     marks = marks.append_column("scale", pa.repeat(scale, count)).append_column(
         "num_marks", pa.repeat(num_marks, count)
     )
@@ -196,8 +209,8 @@ def _check_queries(data: JudgedData) -> list[tuple[str, str, str]]:
     return list(zip(ids.to_pylist(), data.queries["query"].to_pylist(), split.to_pylist(), strict=True))
 
 
-def _check_marks(data: JudgedData, query_ids: list[str], cuts: GradeCuts) -> pa.Array:
-    """Keeps the usable marks; returns their grades."""
+def _check_marks(data: JudgedData, query_ids: list[str], cuts: GradeCuts) -> tuple[pa.Array, pa.Array]:
+    """Keeps the usable marks; returns their grades and grade values."""
     for place, name in ((0, "query_id"), (1, "product_id"), (2, "mark")):
         data.marks = data.marks.set_column(place, name, as_id(data.marks[name]) if name != "mark" else data.marks[name])
         data.keep("marks", pc.is_valid(data.marks[name]), f"the {name.replace('_', ' ')} is missing")
@@ -216,7 +229,9 @@ def _check_marks(data: JudgedData, query_ids: list[str], cuts: GradeCuts) -> pa.
     key = pc.binary_join_element_wise(*(data.marks[name] for name in data.marks.column_names), "\x1f")
     is_first = pc.or_(_is_first(key), pc.is_null(data.marks["annotator"]))
     data.keep("marks", is_first, "the annotator gave this mark before")
-    return pa.array([grade_of[mark] for mark in data.marks["mark"].to_pylist()], pa.int8())
+    value_of = {mark: grade_value_of_mark(mark, cuts) for mark in grade_of}
+    marks = data.marks["mark"].to_pylist()
+    return pa.array([grade_of[mark] for mark in marks], pa.int8()), pa.array([value_of[mark] for mark in marks])
 
 
 def _is_first(key: pa.ChunkedArray) -> pa.Array:

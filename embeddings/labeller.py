@@ -24,6 +24,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from conf.load import ConfigError, meaning, settings, validate
+from embeddings.calibration import Calibration
 from embeddings.guideline import (
     Guideline,
     LabellerKind,
@@ -70,6 +71,17 @@ class LabellerRecipe:
         0.1
     )
     weight_decay: Annotated[float, meaning("AdamW's decay of matrices", ge=0)] = 0.01
+    dropout: Annotated[
+        float | None, meaning("of the backbone while it is tuned; null takes the backbone's own", ge=0, lt=1)
+    ] = None
+    targets: Annotated[
+        Literal["soft", "hard"],
+        meaning("soft: the shares of raters at or above each grade, which differ where people do; hard: the consensus"),
+    ] = "soft"
+    loss: Annotated[
+        Literal["ordinal", "cross_entropy"],
+        meaning("ordinal: of P(grade >= 1) and P(grade >= 2), which knows that 0 is further from 2 than from 1"),
+    ] = "ordinal"
     random_irrelevant_per_query: Annotated[
         int, meaning("random products added as grade 0 per train query", "products", ge=0)
     ] = 1
@@ -98,18 +110,24 @@ class LabellerCard:
     text: Annotated[TextRecipe, meaning("what is read of a product")]
     max_tokens: Annotated[int, meaning("longest pair", "tokens")]
     grade_token_ids: Annotated[tuple[int, ...], meaning("tokens of the grades 0, 1, 2; empty for a classifier")]
-    temperature: Annotated[float, meaning("probabilities are raised to its inverse", gt=0)]
+    calibrations: Annotated[
+        dict[str, Calibration], meaning("of the probabilities, by data set; '' is that of any other")
+    ]
     metrics: Annotated[dict[str, float], meaning("agreement with people, and calibration")]
     fingerprint: Annotated[str, meaning("hash of weights, tokenizer and all above but the metrics")]
 
-    @property
-    def decoding(self) -> str:
-        """The task and its decoding parameters, part of every grade's address."""
-        return "classify" if self.kind == "classifier" else "generate max_tokens=1 allowed=0,1,2 temperature=0"
+    def calibration(self, dataset: str) -> Calibration:
+        """How its probabilities are calibrated in a data set."""
+        return self.calibrations.get(dataset) or self.calibrations.get("", Calibration())
 
-    def address(self, query_hash: str, product_hash: str) -> str:
-        """Content address of the grade that this labeller gives a pair of texts."""
-        parts = (self.guideline, self.prompt, self.fingerprint, self.decoding, query_hash, product_hash)
+    def decoding(self, dataset: str) -> str:
+        """The task, its decoding parameters and the data set's own calibration, part of every grade's address."""
+        task = "classify" if self.kind == "classifier" else "generate max_tokens=1 allowed=0,1,2 temperature=0"
+        return f"{task} calibration={dataset}" if dataset and dataset in self.calibrations else task
+
+    def address(self, query_hash: str, product_hash: str, dataset: str) -> str:
+        """Content address of the grade that this labeller gives a pair of texts of a data set."""
+        parts = (self.guideline, self.prompt, self.fingerprint, self.decoding(dataset), query_hash, product_hash)
         return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
 
 
@@ -201,43 +219,6 @@ def grade_token_ids(tokenizer: Any, source: str) -> tuple[int, ...]:
     return tuple(int(item[0]) for item in ids)
 
 
-def calibrated(probability_N3: NDArray[np.floating], temperature: float) -> NDArray[np.float64]:
-    """Probabilities raised to 1 / temperature and normalised; above 1 they become less certain."""
-    log_N3 = np.log(np.maximum(probability_N3.astype(np.float64), 1e-30)) / temperature
-    scaled_N3 = np.exp(log_N3 - log_N3.max(axis=1, keepdims=True))
-    return np.asarray(scaled_N3 / scaled_N3.sum(axis=1, keepdims=True))
-
-
-def fit_temperature(probability_N3: NDArray[np.floating], grade_N: NDArray[np.integer]) -> float:
-    """The temperature of least negative log-likelihood in [0.05, 20], to four digits; 1 where there are no pairs.
-
-    Cites: Guo et al. 2017, section 4.2.
-    """
-    if not len(grade_N):
-        return 1.0
-    low, high = np.log(0.05), np.log(20.0)
-    for _ in range(6):
-        grid = np.linspace(low, high, 41)
-        losses = [negative_log_likelihood(calibrated(probability_N3, float(np.exp(x))), grade_N) for x in grid]
-        best, width = int(np.argmin(losses)), (high - low) / 20
-        low, high = max(low, grid[best] - width), min(high, grid[best] + width)
-    return round(float(np.exp(grid[best])), 4)
-
-
-def negative_log_likelihood(probability_N3: NDArray[np.floating], grade_N: NDArray[np.integer]) -> float:
-    """Mean of -log of the probability given to the human grade, in nats."""
-    given_N = probability_N3[np.arange(len(grade_N)), grade_N]
-    return float(-np.log(np.maximum(given_N, 1e-30)).mean())
-
-
-def calibration_error(probability_N3: NDArray[np.floating], grade_N: NDArray[np.integer], bins: int = 10) -> float:
-    """Expected calibration error of the most probable grade, over bins of equal width."""
-    sure_N, right_N = probability_N3.max(axis=1), probability_N3.argmax(axis=1) == grade_N
-    bin_N = np.minimum((sure_N * bins).astype(int), bins - 1)
-    gaps = [abs(sure_N[bin_N == b].sum() - right_N[bin_N == b].sum()) for b in range(bins)]
-    return float(sum(gaps) / len(grade_N))
-
-
 def violations(probability_N3: NDArray[np.floating]) -> NDArray[np.bool_]:
     """Marks answers that are no distribution: not finite, negative, or not summing to 1 within 1e-3."""
     finite_N = np.isfinite(probability_N3).all(axis=1)
@@ -252,7 +233,7 @@ def save_labeller(
     recipe: LabellerRecipe,
     *,
     grade_token_ids: tuple[int, ...],
-    temperature: float,
+    calibrations: Mapping[str, Calibration],
     metrics: Mapping[str, float],
 ) -> LabellerCard:
     """Makes a labeller's folder of a Hugging Face folder: weights, tokenizer, card and guideline, all or nothing."""
@@ -264,7 +245,7 @@ def save_labeller(
         "text": dataclasses.asdict(recipe.text),
         "max_tokens": recipe.max_tokens,
         "grade_token_ids": list(grade_token_ids),
-        "temperature": temperature,
+        "calibrations": {name: dataclasses.asdict(found) for name, found in calibrations.items()},
     }
     digest = hashlib.sha256(json.dumps(essentials, sort_keys=True).encode())
     files = sorted(path for path in Path(weights).iterdir() if path.is_file())
@@ -327,7 +308,9 @@ def _readme(card: LabellerCard) -> str:
             "",
             f"Grades (query, product) pairs 0, 1 or 2 under guideline {card.guideline} (guideline.md).",
             f"Kind {card.kind}: {how}; pairs are cut to {card.max_tokens} tokens, segment ids are 0.",
-            f"Calibrate: raise the probabilities to 1/{card.temperature} and normalise.",
+            f"Calibrate by `calibrations` of {CARD_FILE}, one per data set, '' for any other: divide log probabilities",
+            "by `temperature`, add `bias`, normalise; then map P(grade >= 1) through the knots of `relevant` and",
+            "P(grade 2 given grade >= 1) through those of `exact`, with straight lines between knots.",
             f"Fingerprint {card.fingerprint}, prompt {card.prompt}.",
             "",
             "Fitted on calibration queries, measured on test queries; `ece` is the expected calibration error.",

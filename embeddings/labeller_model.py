@@ -9,7 +9,8 @@ weights and optimiser state only, and a resumed run repeats the unbroken one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from conf.load import fingerprint
@@ -31,10 +32,24 @@ from embeddings.labeller import (
     load_labeller_card,
     load_pair_encoder,
 )
+from embeddings.labeller_losses import grade_cross_entropy, ordinal_loss, rater_distribution
 from lake.schemas import Grade
 
 BUCKET_BATCHES = 16
 """Pairs of similar length are drawn together from windows of this many batches, which halves the padding."""
+
+DROPOUT_NAMES = (
+    "attention_probs_dropout_prob",
+    "hidden_dropout_prob",
+    "classifier_dropout",
+    "attention_dropout",
+    "hidden_dropout",
+    "dropout",
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+)
+"""What the configurations of Hugging Face models call it."""
 
 MAX_BATCH_TOKENS = 4096
 """Tokens of a batch when only probabilities are wanted, padding included."""
@@ -72,10 +87,10 @@ class GradeModel(nn.Module):
 
 
 def build_labeller(recipe: LabellerRecipe, encoder: PairEncoder, *, device: str) -> GradeModel:
-    """The backbone in float32, with a fresh head or adapters drawn from the recipe's seed."""
+    """The backbone in float32; head and adapters are drawn from the recipe's seed, a reranker's head is kept."""
     source = resolve_model(recipe.model)
     torch.manual_seed(recipe.seed)
-    backbone = _load(source, recipe.kind, fresh_head=True)
+    backbone = _load_backbone(source, recipe)
     if recipe.tuning == "lora":
         from peft import LoraConfig, TaskType, get_peft_model
 
@@ -136,7 +151,7 @@ class LabellerTrainer:
     Args:
         model: trained in place.
         pairs: token ids of the whole training set, the same on every worker.
-        grades: their grades.
+        shares: shares of raters at or above grades 1 and 2 of each pair, [N, 2].
         recipe: what to do.
         rank: of this worker.
         world_size: number of workers.
@@ -147,7 +162,7 @@ class LabellerTrainer:
         self,
         model: GradeModel,
         pairs: Sequence[Sequence[int]],
-        grades: Sequence[int],
+        shares: NDArray[np.floating],
         recipe: LabellerRecipe,
         *,
         rank: int = 0,
@@ -157,7 +172,7 @@ class LabellerTrainer:
         if not pairs:
             raise ValueError("labeller: expected graded pairs of train queries, got none; check query.split")
         self.model, self.pairs, self.recipe, self.rank, self.world_size = model, pairs, recipe, rank, world_size
-        self.grade_N = torch.tensor(grades)
+        self.share_N2 = torch.from_numpy(np.asarray(shares, dtype=np.float32))
         self.steps_per_epoch = math.ceil(len(pairs) / recipe.batch_size)
         self.num_steps = max(1, math.ceil(self.steps_per_epoch * recipe.epochs))
         self.device = next(model.parameters()).device
@@ -166,9 +181,7 @@ class LabellerTrainer:
         )
         self.step = 0
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
-        counts = torch.bincount(self.grade_N, minlength=len(Grade)).clamp(min=1)
-        balanced = len(pairs) / (len(Grade) * counts)
-        self.weight = (balanced if recipe.class_weights == "balanced" else torch.ones(len(Grade))).to(self.device)
+        self.weight_N = pair_weights(self.share_N2, recipe)
         self._parallel = wrap(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
@@ -197,8 +210,9 @@ class LabellerTrainer:
         share, rows = (1.0, rows) if rows else (0.0, everyone[:1])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits_N3 = self._parallel([self.pairs[row] for row in rows])
-        grade_N = self.grade_N[rows].to(self.device)
-        total = functional.cross_entropy(logits_N3.float(), grade_N, self.weight, reduction="sum") * share
+        loss = ordinal_loss if self.recipe.loss == "ordinal" else grade_cross_entropy
+        loss_N = loss(logits_N3.float(), self.share_N2[rows].to(self.device)) * self.weight_N[rows].to(self.device)
+        total = loss_N.sum() * share
         # DDP takes the mean over workers; this makes it the mean over the step's pairs
         (total * self.world_size / len(everyone)).backward()  # type: ignore[no-untyped-call]
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
@@ -248,12 +262,20 @@ class LabellerTrainer:
         return self._epoch[1][place]
 
     def _identity(self) -> str:
-        return fingerprint(self.recipe, len(self.pairs), [sum(pair) for pair in self.pairs], self.grade_N.tolist())
+        return fingerprint(self.recipe, len(self.pairs), [sum(pair) for pair in self.pairs], self.share_N2.tolist())
 
     def _rate(self, step: int) -> float:
         warmup = self.recipe.warmup_share * self.num_steps
         rising, falling = (step + 1) / max(warmup, 1), (self.num_steps - step) / max(self.num_steps - warmup, 1)
         return max(0.0, min(1.0, rising, falling))
+
+
+def pair_weights(share_N2: Tensor, recipe: LabellerRecipe) -> Tensor:
+    """Weight of each pair in the loss: 1, or the inverse frequency of the grades that its raters gave."""
+    if recipe.class_weights == "none":
+        return torch.ones(len(share_N2))
+    given_N3 = rater_distribution(share_N2)
+    return given_N3 @ (len(given_N3) / (len(Grade) * given_N3.sum(dim=0).clamp(min=1)))
 
 
 def epoch_batches(lengths: Sequence[int], recipe: LabellerRecipe, epoch: int) -> list[list[int]]:
@@ -267,19 +289,41 @@ def epoch_batches(lengths: Sequence[int], recipe: LabellerRecipe, epoch: int) ->
     return [batches[index] for index in rng.permutation(len(batches))]
 
 
-def _load(source: str, kind: str, *, fresh_head: bool = False) -> Any:
+def _load(source: str, kind: str) -> Any:
+    with _quiet():
+        if kind == "classifier":
+            return AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+
+
+def _load_backbone(source: str, recipe: LabellerRecipe) -> Any:
+    """The pretrained model with a head of three classes, ready to be tuned."""
+    with _quiet():
+        config = AutoConfig.from_pretrained(source)
+        for name in DROPOUT_NAMES if recipe.dropout is not None else ():
+            if hasattr(config, name):
+                setattr(config, name, recipe.dropout)
+        if recipe.kind == "generative":
+            return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
+        auto, is_ranker = AutoModelForSequenceClassification, config.num_labels == 1
+        ranking = auto.from_pretrained(source, dtype=torch.float32) if is_ranker else None
+        config.num_labels = len(Grade)
+        model = auto.from_pretrained(source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
+    if ranking is None:
+        _draw_head(model)
+    else:
+        _spread_head(model, ranking)
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A fresh head is what we want, not news."""
     shown = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # a fresh head is what we want, not news
+    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        if kind == "classifier":
-            model = AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=len(Grade), dtype=torch.float32, ignore_mismatched_sizes=fresh_head
-            )
-            if fresh_head:
-                _draw_head(model)
-            return model
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        yield
     finally:
         transformers_logging.set_verbosity(shown)
 
@@ -291,3 +335,18 @@ def _draw_head(model: Any) -> None:
             nn.init.normal_(module.weight, std=getattr(model.config, "initializer_range", 0.02))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def _spread_head(model: Any, ranking: Any) -> None:
+    """Logits of the grades from a reranker's relevance z: -z/4, 0, z/4, so that tuning starts from its order.
+
+    Rerankers that were trained with binary cross-entropy answer between about -11 and 11.
+    """
+    heads = {name: module for name, module in ranking.named_modules() if isinstance(module, nn.Linear)}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.out_features == len(Grade) and heads[name].out_features == 1:
+            place_3 = torch.tensor([-0.25, 0.0, 0.25])
+            module.weight.copy_(place_3[:, None] * heads[name].weight)
+            if module.bias is not None:
+                module.bias.copy_(place_3 * heads[name].bias)

@@ -108,6 +108,7 @@ def annotate(recipe: MarketplaceRecipe, pools: Sequence[Pool]) -> tuple[pa.Table
             "num_marks": pa.repeat(1, len(mark)),
             "annotator": pa.array([f"A{row + 1:02d}" for row in annotator_RK.ravel().tolist()]),
             "grade": mark,
+            "grade_value": mark.astype(np.float64),
         }
     )
     planted = pa.table(

@@ -3,7 +3,8 @@
     catalog/*.jsonl.gz     product_id, title, description, brand, category ("A > B"),
                            attributes ("color: red; size: 9"), price
     queries/*.csv.gz       query_id, query, split (empty unless the source gives train / test)
-    annotations/*.parquet  query_id, product_id, mark, scale, num_marks, annotator, grade; one row per mark
+    annotations/*.parquet  query_id, product_id, mark, scale, num_marks, annotator, grade, grade_value (optional: the
+                           mark on the scale of grades, 0 to 2, where a mean lies between two); one row per mark
     events/*.jsonl.gz      event_id, session_id, query_id, product_id, kind, position, event_time; optional
     rejected/*.jsonl       table, row (JSON), reason; rows of the source that cannot be used; optional
 
@@ -32,6 +33,7 @@ ANNOTATION_SCHEMA = pa.schema(
         ("num_marks", pa.int32()),
         ("annotator", pa.string()),
         ("grade", pa.int8()),
+        ("grade_value", pa.float64()),
     ]
 )
 """`num_marks` counts the raters whose mean the mark is; 1 where each rater has a row."""

@@ -30,6 +30,9 @@ class Inputs:
 
     file: Annotated[str, meaning("CSV, JSONL or Parquet file with the columns query and title")] = ""
     labeller: Annotated[str, meaning("folder of the labeller; empty takes the lake's newest")] = ""
+    dataset: Annotated[
+        str, meaning("data set whose calibration is taken; empty: that of all the labeller learned from together")
+    ] = ""
 
 
 @settings
@@ -69,6 +72,7 @@ def run(config: Config) -> RunRecord:
         texts = [name for name in (*REQUIRED, *OPTIONAL) if name in table.column_names]
         asked = pa.table({name: table[name].cast(pa.string()) for name in texts}).take(rows)
         asked = asked.append_column("address", pa.array([f"{row:012d}" for row in rows]))
+        asked = asked.append_column("dataset", pa.array([config.inputs.dataset] * len(rows), pa.string()))
         for part in label_pairs(asked, folder, config.placement):
             places = [int(address) for address in part["address"].to_pylist()]
             probability_N3[places] = np.stack([part[f"p{grade}"].to_numpy() for grade in range(3)], axis=1)

@@ -15,8 +15,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from conf.load import settings
+from embeddings.calibration import Calibration, fit_calibration
 from embeddings.guideline import ProductFields, labeller_product_text
-from embeddings.labeller import LabellerRecipe, calibrated, calibration_error, fit_temperature, save_labeller
+from embeddings.labeller import LabellerRecipe, save_labeller
+from embeddings.labeller_metrics import labeller_metrics
 from embeddings.metrics import labeller_agreement
 from jobs import job, labelling
 from lake.runs import Run, RunRecord
@@ -25,6 +27,9 @@ from ray_apps.placements import TunePlacement
 
 log = logging.getLogger(__name__)
 
+GRADED = ["grade", "at_least_1", "at_least_2"]
+PAIRS_FOR_OWN_CALIBRATION = 200
+"""Calibration pairs from which on a data set is calibrated by itself, where there are several."""
 MAX_BASELINE_PAIRS = 1000
 """Train pairs that the two thresholds of the cosine are fitted on; more hardly move them, and take a minute."""
 
@@ -56,7 +61,7 @@ def run(config: Config) -> RunRecord:
 
     current = job.begin(config, "tune_labeller")
     recipe, storage = config.recipe, current.lake.path("runs")
-    consensus = labelling.read(current, ANNOTATION_CONSENSUS, [*labelling.PAIR, "grade"])
+    consensus = labelling.read(current, ANNOTATION_CONSENSUS, [*labelling.PAIR, *GRADED])
     human = without_leaks(current, labelling.with_texts(current, consensus))
     weak = random_irrelevant(current, human, recipe)
     pairs = pa.concat_tables([human, weak.select(human.column_names)])
@@ -65,21 +70,23 @@ def run(config: Config) -> RunRecord:
     log.info("tune_labeller: %s", counts)
     tuned = tune_labeller(pairs, recipe, config.placement, storage=storage, name=current.fingerprint)
     probability_N3, grade_N = tuned.probability_N3[: len(human)], human["grade"].to_numpy()
-    fitted_N, test_N = (human["split"].to_numpy() == split for split in ("calibration", "test"))
-    temperature = fit_temperature(probability_N3[fitted_N], grade_N[fitted_N])
-    metrics = {"temperature": temperature, "best_epoch": tuned.best_epoch}
-    if test_N.any():
-        calibrated_N3 = calibrated(probability_N3[test_N], temperature)
-        metrics |= agreement("", grade_N[test_N], calibrated_N3.argmax(axis=1))
-        metrics["ece"] = calibration_error(calibrated_N3, grade_N[test_N])
-        metrics |= baselines(human, recipe)
+    dataset_N, split_N = human["dataset"].to_numpy(), human["split"].to_numpy()
+    fitted = np.flatnonzero(split_N == "calibration")
+    calibrations = fit_calibrations(probability_N3[fitted], grade_N[fitted], dataset_N[fitted])
+    metrics: dict[str, float] = {"best_epoch": tuned.best_epoch}
+    if (test_N := split_N == "test").any():
+        calibrated_N3 = np.empty((len(human), 3))
+        for dataset in np.unique(dataset_N):
+            rows = dataset_N == dataset
+            calibrated_N3[rows] = calibrations.get(dataset, calibrations[""])(probability_N3[rows])
+        metrics |= labeller_metrics(calibrated_N3[test_N], grade_N[test_N]) | baselines(human, recipe)
     folder = f"models/labeller/{current.fingerprint}"
     save_labeller(
         tuned.weights,
         current.lake.path(folder),
         recipe,
         grade_token_ids=tuned.grade_token_ids,
-        temperature=temperature,
+        calibrations=calibrations,
         metrics=metrics,
     )
     # the speed is no property of the labeller: equal labellers have equal folders
@@ -87,6 +94,18 @@ def run(config: Config) -> RunRecord:
     record = current.finish(rows=counts["train_pairs"], outputs={"labeller": folder}, counts=counts, metrics=metrics)
     shutil.rmtree(Path(storage, current.fingerprint), ignore_errors=True)
     return record
+
+
+def fit_calibrations(
+    probability_N3: NDArray[np.floating], grade_N: NDArray[np.integer], dataset_N: NDArray[np.object_]
+) -> dict[str, Calibration]:
+    """Calibrations by data set, '' of all together; a data set with too few pairs for its own takes that."""
+    datasets, counts = np.unique(dataset_N, return_counts=True)
+    own = [name for name, count in zip(datasets, counts, strict=True) if count >= PAIRS_FOR_OWN_CALIBRATION]
+    chosen = {"": np.ones(len(grade_N), bool)} | (
+        {name: dataset_N == name for name in own} if len(datasets) > 1 else {}
+    )
+    return {str(name): fit_calibration(probability_N3[rows], grade_N[rows]) for name, rows in chosen.items()}
 
 
 def agreement(prefix: str, human_N: NDArray[np.integer], predicted_N: NDArray[np.integer]) -> dict[str, float]:
@@ -144,18 +163,21 @@ def random_irrelevant(current: Run, human: pa.Table, recipe: LabellerRecipe) -> 
     for dataset, query_id, product_id in zip(*(marked[name].to_pylist() for name in labelling.PAIR), strict=True):
         if (dataset, query_id) in judged:
             judged[dataset, query_id].add(product_id)
-    rows: list[tuple[str, str, str, int]] = []
+    rows: list[tuple[str, str, str]] = []
     for (dataset, query_id), known in judged.items():
         pool = products[dataset]
         key = f"{recipe.seed}\x1f{dataset}\x1f{query_id}".encode()
         rng = np.random.default_rng(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
         wanted = min(recipe.random_irrelevant_per_query, len(pool))
         drawn = [pool[index] for index in rng.choice(len(pool), wanted, replace=False)]
-        rows += [(dataset, query_id, product_id, 0) for product_id in drawn if product_id not in known]
-    fields = [*((name, pa.string()) for name in labelling.PAIR), ("grade", pa.int8())]
+        rows += [(dataset, query_id, product_id) for product_id in drawn if product_id not in known]
     drawn_pairs = pa.Table.from_pylist(
-        [dict(zip([*labelling.PAIR, "grade"], row, strict=True)) for row in rows], schema=pa.schema(fields)
+        [dict(zip(labelling.PAIR, row, strict=True)) for row in rows],
+        schema=pa.schema([(name, pa.string()) for name in labelling.PAIR]),
     )
+    for name in GRADED:
+        kind = ANNOTATION_CONSENSUS.schema.field(name).type
+        drawn_pairs = drawn_pairs.append_column(name, pa.array(np.zeros(len(rows)), kind))
     weak, same = labelling.with_texts(current, drawn_pairs), ["query_hash", "product_hash"]
     positive = train.filter(pc.greater(train["grade"], 0)).select(same)
     return weak.join(positive, same, join_type="left anti").sort_by([(name, "ascending") for name in labelling.PAIR])

@@ -153,8 +153,9 @@ HUMAN_ANNOTATION = TableSpec(
         Column("scale", STRING, "scale the mark stands on"),
         Column("num_marks", INT32, "raters behind the mark; above 1 where only their mean is known", "raters"),
         _grade("grade the mark maps to"),
+        Column("grade_value", FLOAT64, "the mark on the scale of grades; a mean of raters may lie between two", "0..2"),
     ),
-    checks=(_GRADE_CHECK,),
+    checks=(_GRADE_CHECK, ("grade_value_is_a_grade", "grade_value BETWEEN 0 AND 2")),
 )
 
 ANNOTATION_CONSENSUS = TableSpec(
@@ -167,6 +168,10 @@ ANNOTATION_CONSENSUS = TableSpec(
         _grade("consensus of the marks, or the expert's verdict"),
         Column("num_marks", INT32, "raters behind it", "raters"),
         Column("agreement", FLOAT64, "share of the marks that equal the grade", "0..1"),
+        Column(
+            "at_least_1", FLOAT64, "share of the raters at grade 1 or 2; a mean between grades counts in part", "0..1"
+        ),
+        Column("at_least_2", FLOAT64, "share of the raters at grade 2, likewise", "0..1"),
         Column("judge", STRING, "human (marks) or expert (verdict)"),
     ),
     checks=(_GRADE_CHECK,),
@@ -266,7 +271,7 @@ PAIR_GRADE = TableSpec(
         Column("labeller", STRING, "fingerprint of the labeller's weights and calibration"),
         Column("guideline", STRING, "version of the guideline"),
         Column("prompt", STRING, "fingerprint of the prompt", "hex"),
-        Column("decoding", STRING, "task and decoding parameters"),
+        Column("decoding", STRING, "task, decoding parameters and the data set's own calibration"),
         _RUN,
         _CREATED,
     ),

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayTaskError
 
 from conf.load import ConfigError
-from embeddings.labeller import LabellerCard, PairEncoder, calibrated, load_labeller_card, load_pair_encoder, violations
+from embeddings.labeller import LabellerCard, PairEncoder, load_labeller_card, load_pair_encoder, violations
 from ray_apps.cluster import check_resources, connect, quiet_data
 from ray_apps.placements import LabelPlacement
 
@@ -59,7 +59,8 @@ def label_pairs(pairs: pa.Table, folder: str, placement: LabelPlacement) -> Iter
     """Calibrated probabilities of pairs, part by part as they come, in any order.
 
     Args:
-        pairs: columns address, query, title and, where known, brand, category, description, attributes.
+        pairs: columns address, query, title and, where known, dataset, which chooses the calibration, brand,
+            category, description, attributes.
         folder: of the labeller.
         placement: engine and portions.
 
@@ -67,19 +68,32 @@ def label_pairs(pairs: pa.Table, folder: str, placement: LabelPlacement) -> Iter
         Columns address, p0, p1, p2; all nan where the answer was no distribution.
     """
     card, started, done = load_labeller_card(folder), time.monotonic(), 0
+    if "dataset" not in pairs.column_names:
+        pairs = pairs.append_column("dataset", pa.array([""] * len(pairs), pa.string()))
     # equal queries side by side: a generative engine reads their common beginning once
     ordered = pairs.sort_by([("query", "ascending"), ("address", "ascending")])
     answers = _vllm_answers if chosen_engine(placement, len(pairs)) == "vllm" else _torch_answers
-    for addresses, probability_N3 in answers(ordered, folder, card, placement):
-        bad_N = violations(probability_N3)
-        calibrated_N3 = np.where(bad_N[:, None], np.nan, calibrated(np.nan_to_num(probability_N3), card.temperature))
-        done += len(addresses)
+    for keys, probability_N3 in answers(ordered, folder, card, placement):
+        calibrated_N3 = calibrate(card, keys["dataset"].to_pylist(), probability_N3)
+        done += len(keys)
         log.info("labelled %d of %d pairs, %.0f s", done, len(pairs), time.monotonic() - started)
         columns = {f"p{grade}": calibrated_N3[:, grade] for grade in range(3)}
-        yield pa.table({"address": pa.array(addresses, pa.string()), **columns})
+        yield pa.table({"address": keys["address"], **columns})
 
 
-Answers = Iterator[tuple[list[str], NDArray[np.float64]]]
+def calibrate(card: LabellerCard, datasets: Sequence[str], probability_N3: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Calibrated probabilities, [N, 3], each pair's by its data set; nan where the answer was no distribution."""
+    calibrated_N3 = np.full(probability_N3.shape, np.nan)
+    good_N, dataset_N = ~violations(probability_N3), np.array(datasets, dtype=object)
+    for dataset in sorted(set(datasets)):
+        rows = np.flatnonzero(good_N & (dataset_N == dataset))
+        calibrated_N3[rows] = card.calibration(dataset)(probability_N3[rows])
+    return calibrated_N3
+
+
+Answers = Iterator[tuple[pa.Table, NDArray[np.float64]]]
+"""Parts of the pairs, columns address and dataset, with what the labeller answers before calibration, [N, 3]."""
+KEYS = ["address", "dataset"]
 
 
 def _torch_answers(pairs: pa.Table, folder: str, card: LabellerCard, placement: LabelPlacement) -> Answers:
@@ -88,7 +102,7 @@ def _torch_answers(pairs: pa.Table, folder: str, card: LabellerCard, placement: 
     model, encoder = load_labeller(folder)
     for start in range(0, len(pairs), placement.part_rows):
         part = pairs.slice(start, placement.part_rows)
-        yield part["address"].to_pylist(), plain_probabilities(model, encoder.encode_rows(part)).astype(np.float64)
+        yield part.select(KEYS), plain_probabilities(model, encoder.encode_rows(part)).astype(np.float64)
 
 
 def check_servable(folder: str, placement: LabelPlacement) -> None:
@@ -121,7 +135,7 @@ def _vllm_answers(pairs: pa.Table, folder: str, card: LabellerCard, placement: L
     try:
         for batch in processor(encoded).iter_batches(batch_size=placement.part_rows, batch_format="pyarrow"):
             probability_N3 = np.array(batch["probability"].to_pylist(), dtype=np.float64).reshape(-1, 3)
-            yield batch["address"].to_pylist(), probability_N3
+            yield batch.select(KEYS), probability_N3
     except (RayActorError, RayTaskError) as error:
         died = error if isinstance(error, RayActorError) else error.cause
         if not isinstance(died, RayActorError):
@@ -196,7 +210,7 @@ def _encoder(folder: str, _fingerprint: str) -> PairEncoder:
 
 def _encode(batch: pa.Table, folder: str, fingerprint: str) -> pa.Table:
     tokens = pa.array(_encoder(folder, fingerprint).encode_rows(batch), pa.list_(pa.int32()))
-    return pa.table({"address": batch["address"], "tokenized_prompt": tokens})
+    return batch.select(KEYS).append_column("tokenized_prompt", tokens)
 
 
 def _request(row: dict[str, Any], grade_token_ids: tuple[int, ...]) -> dict[str, Any]:
@@ -215,7 +229,7 @@ def _request(row: dict[str, Any], grade_token_ids: tuple[int, ...]) -> dict[str,
 
 def _answer(row: dict[str, Any], grade_token_ids: tuple[int, ...]) -> dict[str, Any]:
     """Probabilities of a row the engine has answered; nan where a grade has none."""
-    return {"address": row["address"], "probability": list(_probability(row, grade_token_ids))}
+    return {name: row[name] for name in KEYS} | {"probability": list(_probability(row, grade_token_ids))}
 
 
 def _probability(row: dict[str, Any], grade_token_ids: tuple[int, ...]) -> tuple[float, ...]:

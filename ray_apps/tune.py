@@ -68,7 +68,7 @@ def tune_labeller(
     """Trains on the pairs of split train and keeps the best epoch on validation.
 
     Args:
-        pairs: columns split, query, title, brand, category, description, attributes, grade.
+        pairs: columns split, query, title, brand, category, description, attributes, grade, at_least_1, at_least_2.
         recipe: what to train.
         placement: where.
         storage: folder of all runs, which all workers see.
@@ -139,7 +139,7 @@ def _train_worker(given: dict[str, Any]) -> None:
     trainer = LabellerTrainer(
         build_labeller(recipe, encoder, device=str(device)),
         [tokens[row] for row in rows],
-        grade_N[rows].tolist(),
+        target_shares(pairs, recipe)[rows],
         recipe,
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
@@ -152,6 +152,13 @@ def _train_worker(given: dict[str, Any]) -> None:
     watched = np.flatnonzero(split_N == "validation")
     run.train([tokens[row] for row in watched], grade_N[watched])
     run.finish(encoder, tokens, np.isin(split_N, ("calibration", "test")))
+
+
+def target_shares(pairs: pa.Table, recipe: LabellerRecipe) -> NDArray[np.float64]:
+    """What a labeller learns of each pair: shares of raters at or above grades 1 and 2, [N, 2]."""
+    if recipe.targets == "hard":
+        return np.asarray(pairs["grade"].to_numpy()[:, None] >= np.array([1, 2]), dtype=np.float64)
+    return np.stack([pairs[f"at_least_{grade}"].to_numpy() for grade in (1, 2)], axis=1)
 
 
 class _TuneRun:

@@ -7,7 +7,7 @@ from pyspark.sql import functions as sf
 
 from spark_etl.checked import reason_of, refuse_unknown
 
-COLUMNS = ("query_id", "product_id", "mark", "scale", "num_marks", "annotator", "grade")
+COLUMNS = ("query_id", "product_id", "mark", "scale", "num_marks", "annotator", "grade", "grade_value")
 
 
 def check_annotations(raw: DataFrame, queries: DataFrame, products: DataFrame) -> DataFrame:
@@ -24,6 +24,7 @@ def check_annotations(raw: DataFrame, queries: DataFrame, products: DataFrame) -
         (sf.col("product_id").isNull(), "product_id is missing"),
         (sf.col("mark").isNull() | sf.col("scale").isNull(), "mark or scale is missing"),
         (~sf.coalesce(sf.col("grade").between(0, 2), sf.lit(False)), "grade is not 0, 1 or 2"),
+        (~sf.coalesce(sf.col("grade_value").between(0, 2), sf.lit(False)), "grade_value is not between 0 and 2"),
         (~sf.coalesce(sf.col("num_marks") >= 1, sf.lit(False)), "num_marks is not a number of raters"),
     )
     typed = raw.withColumns(
@@ -32,6 +33,7 @@ def check_annotations(raw: DataFrame, queries: DataFrame, products: DataFrame) -
             "product_id": sf.trim("product_id"),
             "num_marks": sf.coalesce("num_marks", sf.lit("1")).try_cast("int"),
             "grade": sf.col("grade").try_cast("tinyint"),
+            "grade_value": sf.coalesce(sf.col("grade_value"), sf.col("grade")).try_cast("double"),
         }
     )
     checked = refuse_unknown(typed.withColumn("reason", reason), queries, ("dataset", "query_id"))

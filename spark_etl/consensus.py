@@ -14,10 +14,16 @@ PAIR = ("dataset", "query_id", "product_id")
 def build_consensus(annotations: DataFrame, recipe: ConsensusRecipe) -> DataFrame:
     """The grade that most raters of a pair give; a row of `num_marks` raters counts that often.
 
-    A tie is no consensus, whichever grades tie: such a pair waits for the labeller. A single mark is its own
-    consensus.
+    Beside it stand the shares of raters at or above grades 1 and 2; a mean that lies between two grades counts for
+    both in part. A tie is no consensus, whichever grades tie: such a pair waits for the labeller. A single mark is its
+    own consensus.
     """
-    votes = annotations.groupBy(*PAIR, "grade").agg(sf.sum("num_marks").alias("votes"))
+    weight, value = sf.col("num_marks"), sf.col("grade_value")
+    votes = annotations.groupBy(*PAIR, "grade").agg(
+        sf.sum(weight).alias("votes"),
+        sf.sum(weight * sf.least(value, sf.lit(1.0))).alias("votes_1"),
+        sf.sum(weight * sf.greatest(value - 1, sf.lit(0.0))).alias("votes_2"),
+    )
     pair = Window.partitionBy(*PAIR)
     ranked = votes.select(
         *PAIR,
@@ -25,6 +31,10 @@ def build_consensus(annotations: DataFrame, recipe: ConsensusRecipe) -> DataFram
         "votes",
         sf.sum("votes").over(pair).alias("num_marks"),
         sf.max("votes").over(pair).alias("most"),
+        *(
+            (sf.sum(f"votes_{grade}").over(pair) / sf.sum("votes").over(pair)).alias(f"at_least_{grade}")
+            for grade in (1, 2)
+        ),
     )
     is_untied = sf.count_if(sf.col("votes") == sf.col("most")).over(pair) == 1
     agreed = ranked.withColumn("is_untied", is_untied).where(sf.col("is_untied") & (sf.col("votes") == sf.col("most")))
@@ -36,6 +46,8 @@ def build_consensus(annotations: DataFrame, recipe: ConsensusRecipe) -> DataFram
             "grade",
             sf.col("num_marks").cast("int").alias("num_marks"),
             "agreement",
+            "at_least_1",
+            "at_least_2",
             sf.lit("human").alias("judge"),
         )
     )
@@ -52,6 +64,7 @@ def with_verdicts(consensus: DataFrame, verdicts: DataFrame) -> DataFrame:
             "grade",
             sf.lit(1).alias("num_marks"),
             sf.lit(1.0).alias("agreement"),
+            *((sf.col("grade") >= grade).cast("double").alias(f"at_least_{grade}") for grade in (1, 2)),
             sf.lit("expert").alias("judge"),
         )
     )

@@ -23,3 +23,8 @@ def record(**changes):
         "code_version": "0",
     }
     return RunRecord(**(values | changes))
+
+
+def shares(grade):
+    """Columns of a consensus that all raters gave."""
+    return {f"at_least_{bound}": float(grade >= bound) for bound in (1, 2)}

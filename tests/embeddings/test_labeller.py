@@ -6,19 +6,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from conf.load import ConfigError
+from embeddings.calibration import Calibration
 from embeddings.guideline import ProductFields, load_guideline
 from embeddings.labeller import (
     LabellerRecipe,
     PairEncoder,
-    calibrated,
-    calibration_error,
     export_labeller,
-    fit_temperature,
     load_labeller_card,
-    negative_log_likelihood,
     save_labeller,
     violations,
 )
+from embeddings.labeller_metrics import labeller_metrics
 from embeddings.labeller_model import (
     GradeModel,
     LabellerTrainer,
@@ -35,6 +33,7 @@ PRODUCTS = [
     ProductFields(title) for title in ("red shoe", "blue shoe", "knife", "a red lamp with a very long name")
 ] * 6
 GRADES = [2, 1, 0, 2] * 6
+SHARES = np.array(GRADES)[:, None] >= [1, 2]
 
 
 def build(tmp_path, kind, **changes):
@@ -55,7 +54,7 @@ def _usual_kernels_afterwards():
 
 
 def trainer_of(recipe, encoder, pairs):
-    return LabellerTrainer(build_labeller(recipe, encoder, device="cpu"), pairs, GRADES, recipe)
+    return LabellerTrainer(build_labeller(recipe, encoder, device="cpu"), pairs, SHARES, recipe)
 
 
 def test_a_long_product_is_cut_and_the_query_and_the_prompts_end_are_not(tmp_path):
@@ -67,21 +66,34 @@ def test_a_long_product_is_cut_and_the_query_and_the_prompts_end_are_not(tmp_pat
         assert encoder.tokenizer.decode(long).replace(" ", "").find("redshoe") >= 0
 
 
-def test_a_backbone_with_a_head_of_its_own_gets_a_fresh_one_of_three_classes(tmp_path):
-    for labels in (1, 3):
-        recipe = LabellerRecipe(model=str(tiny_bert_folder(tmp_path / f"head{labels}", labels)), max_tokens=64)
-        encoder = PairEncoder(recipe.model, recipe, load_guideline("v1"))
-        model = build_labeller(recipe, encoder, device="cpu")
-        trained = AutoModelForSequenceClassification.from_pretrained(recipe.model)
-        assert model.backbone.classifier.out_features == 3
-        assert labels == 1 or not torch.equal(model.backbone.classifier.weight, trained.classifier.weight)
-        assert torch.equal(
-            model.backbone.bert.embeddings.word_embeddings.weight, trained.bert.embeddings.word_embeddings.weight
-        )
-        save_weights(model, encoder, tmp_path / f"saved{labels}")
-        kept = json.loads((tmp_path / f"saved{labels}" / "config.json").read_text())
-        # without it engines would take the activation that a cross-encoder's folder names
-        assert kept["problem_type"] == "single_label_classification"
+def test_a_backbone_s_head_of_three_classes_is_drawn_anew(tmp_path):
+    recipe = LabellerRecipe(model=str(tiny_bert_folder(tmp_path / "model", 3)), max_tokens=64)
+    encoder = PairEncoder(recipe.model, recipe, load_guideline("v1"))
+    model = build_labeller(recipe, encoder, device="cpu")
+    trained = AutoModelForSequenceClassification.from_pretrained(recipe.model)
+    assert not torch.equal(model.backbone.classifier.weight, trained.classifier.weight)
+    assert torch.equal(
+        model.backbone.bert.embeddings.word_embeddings.weight, trained.bert.embeddings.word_embeddings.weight
+    )
+
+
+def test_a_reranker_s_order_is_where_tuning_starts(tmp_path):
+    recipe = LabellerRecipe(model=str(tiny_bert_folder(tmp_path / "model", 1)), max_tokens=64, dropout=0.0)
+    encoder = PairEncoder(recipe.model, recipe, load_guideline("v1"))
+    pairs = encoder.encode(QUERIES[:4], PRODUCTS[:4])
+    model = build_labeller(recipe, encoder, device="cpu")
+    reranker = GradeModel(AutoModelForSequenceClassification.from_pretrained(recipe.model), encoder)
+
+    with torch.no_grad():
+        relevance_N = reranker(pairs)[:, 0]
+        # without dropout a model in training answers what it answers otherwise
+        logits_N3 = model.train()(pairs)
+
+    torch.testing.assert_close(logits_N3, torch.stack([-relevance_N / 4, 0 * relevance_N, relevance_N / 4], dim=1))
+    save_weights(model, encoder, tmp_path / "saved")
+    kept = json.loads((tmp_path / "saved" / "config.json").read_text())
+    # without it engines would take the activation that a cross-encoder's folder names
+    assert kept["problem_type"] == "single_label_classification"
 
 
 def test_the_generative_kind_gives_the_masked_softmax_of_the_model_itself(tmp_path):
@@ -101,7 +113,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one_and_learns(tmp_p
     changes = {"epochs": 4} if kind == "classifier" else {"epochs": 1, "batch_size": 12, "learning_rate": 1e-4}
     recipe, encoder, pairs = build(tmp_path, kind, **changes)
     whole = trainer_of(recipe, encoder, pairs)
-    untrained = negative_log_likelihood(plain_probabilities(whole.model, pairs), np.array(GRADES))
+    untrained = labeller_metrics(plain_probabilities(whole.model, pairs), np.array(GRADES))["nll"]
     while whole.step < whole.num_steps:
         whole.train_step()
     broken = trainer_of(recipe, encoder, pairs)
@@ -114,13 +126,13 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one_and_learns(tmp_p
 
     for name, weight in whole.weights().items():
         assert torch.equal(weight, resumed.weights()[name]), name
-    assert negative_log_likelihood(plain_probabilities(whole.model, pairs), np.array(GRADES)) < untrained
+    assert labeller_metrics(plain_probabilities(whole.model, pairs), np.array(GRADES))["nll"] < untrained
     torch.use_deterministic_algorithms(False)
 
 
 def test_a_checkpoint_of_other_pairs_is_refused(tmp_path):
     recipe, encoder, pairs = build(tmp_path, "classifier")
-    other = LabellerTrainer(build_labeller(recipe, encoder, device="cpu"), pairs[:8], GRADES[:8], recipe)
+    other = LabellerTrainer(build_labeller(recipe, encoder, device="cpu"), pairs[:8], SHARES[:8], recipe)
 
     with pytest.raises(ValueError, match="another recipe or other pairs"):
         trainer_of(recipe, encoder, pairs).load_state_dict(other.state_dict())
@@ -157,39 +169,34 @@ def test_a_saved_labeller_is_itself_again_and_its_fingerprint_follows_weights_an
     save_weights(model, encoder, tmp_path / "weights")
     cards = [
         save_labeller(
-            tmp_path / "weights", str(tmp_path / name), recipe, grade_token_ids=(), temperature=t, metrics={"ece": 0.1}
+            tmp_path / "weights",
+            str(tmp_path / name),
+            recipe,
+            grade_token_ids=(),
+            calibrations={"": Calibration(temperature=t), "shop": Calibration(bias=(0.5, 0.0, 0.0))},
+            metrics={"ece": 0.1},
         )
         for name, t in (("a", 1.5), ("b", 1.5), ("c", 2.0))
     ]
 
     assert cards[0] == cards[1] == load_labeller_card(tmp_path / "a")
     assert cards[0].fingerprint != cards[2].fingerprint
-    assert cards[0].address("q", "p") != cards[2].address("q", "p")
+    addresses = {card.address("q", "p", dataset) for card in (cards[0], cards[2]) for dataset in ("", "shop")}
+    assert len(addresses) == 4
+    assert cards[0].address("q", "p", "another shop") == cards[0].address("q", "p", "")
+    assert cards[0].calibration("another shop") == Calibration(temperature=1.5)
+    assert cards[0].calibration("shop").bias == (0.5, 0.0, 0.0)
     loaded, its_encoder = load_labeller(str(tmp_path / "a"))
     assert its_encoder.encode(QUERIES, PRODUCTS) == pairs
     np.testing.assert_allclose(plain_probabilities(loaded, pairs), plain_probabilities(model, pairs), atol=1e-6)
 
     export_labeller(str(tmp_path / "a"), str(tmp_path / "out"))
-    assert "1/1.5" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert "`calibrations`" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert (tmp_path / "out/guideline.md").is_file()
     with pytest.raises(ConfigError, match="is there already"):
         export_labeller(str(tmp_path / "a"), str(tmp_path / "model"))
     with pytest.raises(ConfigError, match=r"no assay_labeller.json there"):
         load_labeller_card(tmp_path / "weights")
-
-
-def test_the_temperature_of_overconfident_probabilities_is_found():
-    rng = np.random.default_rng(0)
-    logits_N3 = rng.normal(size=(20_000, 3))
-    true_N3 = np.exp(logits_N3) / np.exp(logits_N3).sum(axis=1, keepdims=True)
-    grade_N = (true_N3.cumsum(axis=1) < rng.random((20_000, 1))).sum(axis=1)
-    too_sure_N3 = true_N3**3 / (true_N3**3).sum(axis=1, keepdims=True)
-
-    found = fit_temperature(too_sure_N3, grade_N)
-
-    assert found == pytest.approx(3.0, rel=0.06)
-    assert calibration_error(calibrated(too_sure_N3, found), grade_N) < 0.02 < calibration_error(too_sure_N3, grade_N)
-    assert fit_temperature(too_sure_N3[:0], grade_N[:0]) == 1.0
 
 
 def test_answers_that_are_no_distribution_are_marked():

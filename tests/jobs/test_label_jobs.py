@@ -9,6 +9,7 @@ from pyarrow import csv, parquet
 
 import ray_apps.label
 from conf.load import ConfigError, load_job
+from embeddings.calibration import Calibration
 from embeddings.guideline import load_guideline
 from embeddings.labeller import LabellerRecipe, PairEncoder, save_labeller
 from embeddings.labeller_model import build_labeller, save_weights
@@ -26,6 +27,7 @@ from lake.schemas import (
 from lake.storage import Lake, LakeError
 from ray_apps.cluster import RayPlacement
 from ray_apps.placements import LabelPlacement, TunePlacement
+from tests.fakes import shares
 from tests.tiny_models import tiny_bert_folder
 
 TORCH = LabelPlacement(engine="torch", part_rows=10)
@@ -64,8 +66,9 @@ def shop(lake):
         for q in range(12)
         for p in range(4)
     ]
-    put(lake, ANNOTATION_CONSENSUS, marks)
-    put(lake, HUMAN_ANNOTATION, [row | {"mark_number": 1, "mark": "m", "scale": "s"} for row in marks])
+    put(lake, ANNOTATION_CONSENSUS, [row | shares(row["grade"]) for row in marks])
+    given = {"mark_number": 1, "mark": "m", "scale": "s"}
+    put(lake, HUMAN_ANNOTATION, [row | given | {"grade_value": float(row["grade"])} for row in marks])
     candidates = [
         {"dataset": "s", "query_id": f"q{q}", "product_id": f"p{p}", "source": "sampled"}
         for q in range(6)
@@ -81,7 +84,14 @@ def labeller(tmp_path):
     encoder = PairEncoder(recipe.model, recipe, load_guideline("v1"))
     save_weights(build_labeller(recipe, encoder, device="cpu"), encoder, tmp_path / "weights")
     folder = str(tmp_path / "labeller")
-    save_labeller(tmp_path / "weights", folder, recipe, grade_token_ids=(), temperature=1.2, metrics={})
+    save_labeller(
+        tmp_path / "weights",
+        folder,
+        recipe,
+        grade_token_ids=(),
+        calibrations={"": Calibration(temperature=1.2)},
+        metrics={},
+    )
     return folder
 
 

@@ -32,6 +32,7 @@ from lake.schemas import (
 )
 from lake.storage import Lake
 from ray_apps.cluster import RayPlacement
+from tests.fakes import shares
 from tests.tiny_models import tiny_bert_folder
 
 COLOURS, THINGS = ("red", "blue", "green", "black"), ("lamp", "hose", "shoe", "drill", "sofa", "kettle", "paint")
@@ -70,6 +71,7 @@ def fill(lake):
             "agreement": 1.0,
             "judge": "human",
         }
+        | shares(given)
         for (query_id, _), grades in judged.items()
         for product, given in list(grades.items())[::2] + [item for item in grades.items() if item[1] == 2]
     ]

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from conf.load import ConfigError
+from embeddings.calibration import Calibration
 from embeddings.guideline import load_guideline
 from embeddings.labeller import LabellerRecipe, PairEncoder, save_labeller
 from embeddings.labeller_model import build_labeller, save_weights
@@ -29,7 +30,14 @@ def labeller_folder(tmp_path, kind, *, width=64):
     encoder = PairEncoder(recipe.model, recipe, load_guideline(guideline))
     save_weights(build_labeller(recipe, encoder, device="cpu"), encoder, tmp_path / "weights")
     ids, target = encoder.grade_token_ids, str(tmp_path / "labeller")
-    save_labeller(tmp_path / "weights", target, recipe, grade_token_ids=ids, temperature=1.4, metrics={})
+    save_labeller(
+        tmp_path / "weights",
+        target,
+        recipe,
+        grade_token_ids=ids,
+        calibrations={"": Calibration(temperature=1.4)},
+        metrics={},
+    )
     return target
 
 

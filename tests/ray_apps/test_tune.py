@@ -12,7 +12,7 @@ from embeddings.labeller_model import LabellerTrainer, build_labeller
 from ray_apps.checkpoints import SNAPSHOT_FILE
 from ray_apps.cluster import RayPlacement
 from ray_apps.placements import TunePlacement
-from ray_apps.tune import STATE_FILE, salvage, tune_labeller
+from ray_apps.tune import STATE_FILE, salvage, target_shares, tune_labeller
 from tests.tiny_models import tiny_bert_folder
 
 PLACEMENT = TunePlacement(
@@ -26,8 +26,10 @@ def graded_pairs():
         for row in range(number):
             grade = row % 3
             title = ("knife", "blue shoe", "red shoe")[grade]
-            rows.append({"split": split, "query": "red shoe", "title": title, "grade": grade})
-    schema = pa.schema([("split", pa.string()), ("query", pa.string()), ("title", pa.string()), ("grade", pa.int8())])
+            row_shares = {"at_least_1": float(grade >= 1), "at_least_2": float(grade >= 2)}
+            rows.append({"split": split, "query": "red shoe", "title": title, "grade": grade} | row_shares)
+    texts = [(name, pa.string()) for name in ("split", "query", "title")]
+    schema = pa.schema([*texts, ("grade", pa.int8()), ("at_least_1", pa.float64()), ("at_least_2", pa.float64())])
     return pa.Table.from_pylist(rows, schema=schema)
 
 
@@ -48,7 +50,7 @@ def test_a_run_that_goes_on_from_its_checkpoint_ends_like_an_unbroken_one(tmp_pa
     encoder = PairEncoder(recipe.model, recipe, load_guideline("v1"))
     train = pairs.slice(0, 24)
     model = build_labeller(recipe, encoder, device="cpu")
-    trainer = LabellerTrainer(model, encoder.encode_rows(train), train["grade"].to_pylist(), recipe)
+    trainer = LabellerTrainer(model, encoder.encode_rows(train), target_shares(train, recipe), recipe)
     trainer.train_step()
     trainer.train_step()
     torch.use_deterministic_algorithms(False)

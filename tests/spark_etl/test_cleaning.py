@@ -149,7 +149,7 @@ def test_no_text_is_test_in_one_data_set_and_train_in_another(spark):
 
 def test_marks_are_numbered_and_bad_ones_get_reasons(spark):
     schema = "dataset string, query_id string, product_id string, mark string, scale string, num_marks string"
-    schema += ", annotator string, grade string, raw_row string, unparsed boolean"
+    schema += ", annotator string, grade string, grade_value string, raw_row string, unparsed boolean"
     marks = [
         ("q1", "p1", "2", "1", "ann", "2", "a"),
         ("q1", "p1", "1", "1", "ann", "1", "b"),
@@ -159,22 +159,36 @@ def test_marks_are_numbered_and_bad_ones_get_reasons(spark):
         ("q9", "p1", "2", "1", None, "2", "unknown query"),
         ("q1", "p1", "5", "1", None, "3", "grade 3"),
         ("q1", "p1", "5", "0", None, "2", "no raters"),
+        ("q1", "p1", "2.5", "3", "mean", "1", "0.5"),
+        ("q1", "p1", "2.5", "3", "mean", "1", "2.5"),
+        ("q1", "p1", "2.5", "3", "mean", "1", "high"),
     ]
-    raw = [("d", q, p, mark, "s", num, who, grade, row, False) for q, p, mark, num, who, grade, row in marks]
+    raw = [
+        ("d", q, p, mark, "s", num, who, grade, row if who == "mean" else None, row, False)
+        for q, p, mark, num, who, grade, row in marks
+    ]
     queries = spark.createDataFrame([("d", "q1")], "dataset string, query_id string")
     products = spark.createDataFrame([("d", "p1")], "dataset string, product_id string")
     found = check_annotations(spark.createDataFrame(raw, schema), queries, products).collect()
     kept = sorted(
-        (row["annotator"] or "", row["mark_number"], row["grade"], row["num_marks"])
+        (row["annotator"] or "", row["mark_number"], row["grade"], row["num_marks"], row["grade_value"])
         for row in found
         if not row["reason"]
     )
-    assert kept == [("", 1, 2, 1), ("", 2, 2, 1), ("ann", 1, 2, 1), ("ann", 2, 1, 1)]
+    assert kept == [
+        ("", 1, 2, 1, 2.0),
+        ("", 2, 2, 1, 2.0),
+        ("ann", 1, 2, 1, 2.0),
+        ("ann", 2, 1, 1, 1.0),
+        ("mean", 1, 1, 3, 0.5),
+    ]
     assert {row["raw_row"]: row["reason"] for row in found if row["reason"]} == {
         "unknown product": "product_id is not in the data set",
         "unknown query": "query_id is not in the data set",
         "grade 3": "grade is not 0, 1 or 2",
         "no raters": "num_marks is not a number of raters",
+        "2.5": "grade_value is not between 0 and 2",
+        "high": "grade_value is not between 0 and 2",
     }
 
 

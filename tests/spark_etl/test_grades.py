@@ -14,8 +14,8 @@ PAIR = "dataset string, query_id string, product_id string"
 
 
 def consensus_of(spark, marks, recipe=None):
-    rows = [("d", "q", product, grade, raters) for product, grade, raters in marks]
-    frame = spark.createDataFrame(rows, f"{PAIR}, grade tinyint, num_marks int")
+    rows = [("d", "q", *(mark if len(mark) == 4 else (*mark, float(mark[1])))) for mark in marks]
+    frame = spark.createDataFrame(rows, f"{PAIR}, grade tinyint, num_marks int, grade_value double")
     return build_consensus(frame, recipe or ConsensusRecipe())
 
 
@@ -36,6 +36,18 @@ def test_consensus_is_the_majority_and_a_tie_is_none(spark):
     }
     strict = consensus_of(spark, marks, ConsensusRecipe(min_agreement=0.65)).collect()
     assert {row["product_id"] for row in strict} == {"single", "majority"}
+
+
+def test_a_consensus_keeps_the_shares_of_raters_at_or_above_each_grade(spark):
+    marks = [("three raters", 2, 1), ("three raters", 2, 1), ("three raters", 0, 1)]
+    marks += [("a mean of 1.25", 1, 3, 1.25), ("a mean of 0.4", 0, 3, 0.4)]
+    marks += [("two means", 2, 1, 1.75), ("two means", 1, 3, 0.75)]
+    found = {row["product_id"]: (row["at_least_1"], row["at_least_2"]) for row in consensus_of(spark, marks).collect()}
+    expected = {"three raters": (2 / 3, 2 / 3), "a mean of 1.25": (1, 0.25), "a mean of 0.4": (0.4, 0)}
+    expected["two means"] = ((1 + 3 * 0.75) / 4, 0.75 / 4)
+    assert found.keys() == expected.keys()
+    for product, shares in expected.items():
+        assert found[product] == pytest.approx(shares), product
 
 
 def test_the_newest_verdict_takes_the_place_of_the_marks(spark):
