@@ -64,7 +64,7 @@ class LabellerRecipe:
     max_tokens: Annotated[int, meaning("longest pair; the longer of query and product is cut", "tokens", ge=16)] = 128
     tuning: Annotated[Literal["full", "lora"], meaning("all weights, or low-rank adapters merged at the end")] = "full"
     lora_rank: Annotated[int, meaning("rank of the adapters", ge=1)] = 16
-    epochs: Annotated[float, meaning("passes over the pairs, or a part of one", "epochs", gt=0)] = 3.0
+    epochs: Annotated[float, meaning("passes over the pairs, or a part of one; 0: as pretrained", "epochs", ge=0)] = 3.0
     batch_size: Annotated[int, meaning("pairs of a step, over all workers", "pairs", ge=1)] = 32
     learning_rate: Annotated[float, meaning("peak rate", gt=0)] = 1e-4
     warmup_share: Annotated[float, meaning("share of the steps with a rising rate; then it falls to 0", ge=0, le=1)] = (

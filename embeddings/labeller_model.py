@@ -174,7 +174,7 @@ class LabellerTrainer:
         self.model, self.pairs, self.recipe, self.rank, self.world_size = model, pairs, recipe, rank, world_size
         self.share_N2 = torch.from_numpy(np.asarray(shares, dtype=np.float32))
         self.steps_per_epoch = math.ceil(len(pairs) / recipe.batch_size)
-        self.num_steps = max(1, math.ceil(self.steps_per_epoch * recipe.epochs))
+        self.num_steps = math.ceil(self.steps_per_epoch * recipe.epochs)
         self.device = next(model.parameters()).device
         self.bf16 = recipe.precision == "bf16" or (
             recipe.precision == "auto" and not recipe.deterministic and has_fast_bf16(self.device.type)

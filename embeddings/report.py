@@ -74,6 +74,32 @@ def violin(caption: str, scores_by_grade: Mapping[int, NDArray[np.float64]]) -> 
     )
 
 
+def reliability_plot(caption: str, points: Sequence[tuple[float, float, int]]) -> str:
+    """Share that was right over mean certainty, one point per bin; a calibrated labeller lies on the diagonal.
+
+    Args:
+        points: (mean probability of the most probable grade, share right, pairs) of each bin.
+    """
+    inner_width, inner_height = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN
+
+    def place(x: float, y: float) -> str:
+        return f"{MARGIN + inner_width * x:.1f},{MARGIN + inner_height * (1 - y):.1f}"
+
+    dots = "".join(
+        f"<circle cx='{place(sure, right).split(',')[0]}' cy='{place(sure, right).split(',')[1]}' r='4' "
+        f"fill='#2f7d4f'><title>{pairs:,} pairs: sure {sure:.2f}, right {right:.2f}</title></circle>"
+        for sure, right, pairs in points
+    )
+    line = " ".join(place(sure, right) for sure, right, _ in points)
+    return (
+        f"<figure><figcaption>{escape(caption)}</figcaption><svg width='{WIDTH}' height='{HEIGHT}' font-size='11' "
+        f"role='img' aria-label='{escape(caption)}: share right by certainty'>{_axis(0.0, 1.0, inner_height)}"
+        f"<polyline points='{place(0, 0)} {place(1, 1)}' stroke='#b9c0c8' stroke-dasharray='4'/>"
+        f"<polyline points='{line}' fill='none' stroke='#2f7d4f'/>{dots}"
+        f"<text x='{WIDTH / 2:.0f}' y='{HEIGHT - 8}' text-anchor='middle'>certainty</text></svg></figure>"
+    )
+
+
 def _axis(low: float, high: float, inner_height: float) -> str:
     lines = []
     for tick in np.arange(np.ceil(low * 4) / 4, high + 1e-9, 0.25):

@@ -51,6 +51,7 @@ OPTIONS = ("--json", "--help", "-h")
 SPARK_JOBS = ("ingest", "build_consensus", "build_engagement", "build_audit", "sample_pairs", "build_instances")
 RAY_JOBS = (
     "tune_labeller",
+    "evaluate_labeller",
     "label_pairs",
     "train_encoder",
     "embed_catalog",

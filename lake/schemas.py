@@ -383,6 +383,27 @@ EVALUATION_PAIR = TableSpec(
     ),
 )
 
+LABELLER_EVALUATION = TableSpec(
+    "labeller_evaluation",
+    "How judges of pairs agree with people on test queries, one row per judge, data set and slice.",
+    "delta-rs",
+    ("run_id", "dataset", "judge", "slice"),
+    (
+        _RUN,
+        _DATASET,
+        Column("judge", STRING, "labeller by kind and fingerprint, cosine of an encoder, or the commonest grade"),
+        Column("slice", STRING, "slice of the test pairs; empty for all"),
+        Column("num_pairs", INT64, "pairs measured", "pairs"),
+        Column("num_queries", INT64, "their queries", "queries"),
+        Column("metrics", pa.map_(STRING, FLOAT64), "metric -> value"),
+        Column("low", pa.map_(STRING, FLOAT64), "lower end of its 95 % bootstrap interval over queries"),
+        Column("high", pa.map_(STRING, FLOAT64), "upper end"),
+        Column("ece_floor", FLOAT64, "calibration error that a perfect judge would show on as many pairs", "0..1"),
+        Column("confusion", pa.list_(INT64), "pairs by human grade, then by the judge's, nine numbers", "pairs"),
+        _CREATED,
+    ),
+)
+
 RUN_RECORD = TableSpec(
     "run_record",
     "What ran: inputs at their versions, outputs at theirs, counts and seconds.",
@@ -441,6 +462,7 @@ TABLES: dict[str, TableSpec] = {
         EVALUATION,
         EVALUATION_QUERY,
         EVALUATION_PAIR,
+        LABELLER_EVALUATION,
         RUN_RECORD,
         QUARANTINE,
     )

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,15 +12,17 @@ import ray_apps.label
 from conf.load import ConfigError, load_job
 from embeddings.calibration import Calibration
 from embeddings.guideline import load_guideline
-from embeddings.labeller import LabellerRecipe, PairEncoder, save_labeller
+from embeddings.labeller import LabellerRecipe, PairEncoder, load_labeller_card, save_labeller
+from embeddings.labeller_evaluation import JudgeRecipe
 from embeddings.labeller_model import build_labeller, save_weights
-from jobs import label_file, label_pairs, tune_labeller
+from jobs import evaluate_labeller, label_file, label_pairs, tune_labeller
 from lake import tables
 from lake.schemas import (
     ANNOTATION_CONSENSUS,
     CANDIDATE_PAIR,
     CATALOG_PRODUCT,
     HUMAN_ANNOTATION,
+    LABELLER_EVALUATION,
     PAIR_GRADE,
     QUARANTINE,
     QUERY,
@@ -262,6 +265,46 @@ def test_a_file_keeps_its_columns_and_gets_grades_and_reasons(lake, labeller, tm
     assert [row["grade"] is None for row in written] == [False, True, True]
     assert sum(float(written[0][name]) for name in ("p0", "p1", "p2")) == pytest.approx(1)
     assert [row["reason"] for row in written] == [None, "query is empty", "query is longer than 1000 characters"]
+
+
+def test_judges_are_measured_side_by_side_on_test_queries(shop, labeller, tmp_path):
+    encoder = str(tiny_bert_folder(tmp_path / "encoder"))
+    inputs = evaluate_labeller.Inputs(labellers=(labeller,), encoders=(encoder,))
+    recipe = evaluate_labeller.EvaluateRecipe(judges=JudgeRecipe(resamples=5, min_slice_pairs=4))
+    config = evaluate_labeller.Config(
+        lake=shop.root, inputs=inputs, recipe=recipe, placement=evaluate_labeller.Placement(label=TORCH)
+    )
+
+    record = evaluate_labeller.run(config)
+
+    rows = tables.rows(shop, LABELLER_EVALUATION).to_pylist()
+    whole = {row["judge"]: row for row in rows if row["slice"] == ""}
+    name = f"classifier {load_labeller_card(labeller).fingerprint}"
+    assert set(whole) == {name, "cosine of encoder", "commonest grade"}
+    num_tests = SPLITS.count("test") * 2 * 4
+    assert {row["num_pairs"] for row in whole.values()} == {num_tests} == {record.counts["test_pairs/s"]}
+    assert sum(whole[name]["confusion"]) == num_tests
+    assert {row["slice"] for row in rows} > {""}
+    metrics = dict(whole[name]["metrics"])
+    assert metrics["accuracy"] == record.metrics[f"s/{name}/accuracy"]
+    assert dict(whole[name]["low"])["accuracy"] <= metrics["accuracy"] <= dict(whole[name]["high"])["accuracy"]
+    html = Path(shop.path(record.outputs["report"])).read_text(encoding="utf-8")
+    assert name in html
+    assert "ece of a perfect judge" in html
+    assert "http" not in html.replace("http://www.w3.org", "")
+
+
+def test_a_data_set_s_own_calibration_is_taken_and_is_part_of_the_address(shop, labeller, tmp_path):
+    recipe = LabellerRecipe(model=str(tmp_path / "model"), max_tokens=32)
+    own = {"": Calibration(temperature=1.2), "s": Calibration(bias=(9.0, 0.0, 0.0))}
+    save_labeller(tmp_path / "weights", str(tmp_path / "own"), recipe, grade_token_ids=(), calibrations=own, metrics={})
+
+    label_pairs.run(config_of(shop, str(tmp_path / "own")))
+
+    rows = ledger(shop).to_pylist()
+    assert {row["decoding"] for row in rows} == {"classify calibration=s"}
+    assert {row["grade"] for row in rows} == {0}
+    assert min(row["p0"] for row in rows) > 0.9
 
 
 def test_json_values_are_kept_as_they_came(tmp_path):
