@@ -14,6 +14,7 @@ Saerens et al. 2002 for class priors.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Final
 
 import numpy as np
@@ -23,6 +24,8 @@ from conf.load import meaning, settings
 
 PAIRS_FOR_CURVES: Final = 1000
 """Calibration pairs from which on the boundaries get curves; below, the curves would fit chance."""
+PAIRS_FOR_OWN_CALIBRATION: Final = 200
+"""Calibration pairs from which on a data set is calibrated by itself, where there are several."""
 PAIRS_PER_KNOT: Final = 100
 _SMALLEST = 1e-30
 _BIAS_DEVIATION = 2.0
@@ -49,6 +52,36 @@ class Calibration:
         relevant_N, exact_N = _boundaries(_scaled(probability_N3, np.array([np.log(self.temperature), *self.bias])))
         relevant_N, exact_N = _follow(self.relevant, relevant_N), _follow(self.exact, exact_N)
         return np.stack([1 - relevant_N, relevant_N * (1 - exact_N), relevant_N * exact_N], axis=1)
+
+
+def calibration_of(calibrations: Mapping[str, Calibration], dataset: str) -> Calibration:
+    """A data set's own calibration, else that of all together."""
+    return calibrations.get(dataset) or calibrations.get("", Calibration())
+
+
+def calibrate(
+    calibrations: Mapping[str, Calibration], datasets: Sequence[str], probability_N3: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """Calibrated probabilities, [N, 3], each pair's by its data set; nan stays nan."""
+    calibrated_N3, dataset_N = np.empty(probability_N3.shape), np.array(datasets, dtype=object)
+    for dataset in sorted(set(datasets)):
+        rows = dataset_N == dataset
+        calibrated_N3[rows] = calibration_of(calibrations, dataset)(probability_N3[rows])
+    return calibrated_N3
+
+
+def fit_calibrations(
+    probability_N3: NDArray[np.floating], grade_N: NDArray[np.integer], datasets: Sequence[str]
+) -> dict[str, Calibration]:
+    """Calibrations by data set, '' of all together; where there are several, one with enough pairs has its own."""
+    dataset_N = np.array(datasets, dtype=object)
+    found = {"": fit_calibration(probability_N3, grade_N)}
+    names = sorted(set(datasets))
+    for dataset in names if len(names) > 1 else ():
+        rows = dataset_N == dataset
+        if rows.sum() >= PAIRS_FOR_OWN_CALIBRATION:
+            found[dataset] = fit_calibration(probability_N3[rows], grade_N[rows])
+    return found
 
 
 def fit_calibration(probability_N3: NDArray[np.floating], grade_N: NDArray[np.integer]) -> Calibration:

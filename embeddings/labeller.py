@@ -91,6 +91,10 @@ class LabellerRecipe:
         Literal["none", "balanced"], meaning("balanced weighs grades by inverse frequency and distorts probabilities")
     ] = "none"
     keep_epoch: Annotated[Literal["best", "last"], meaning("best: by quadratic kappa on validation queries")] = "best"
+    folds: Annotated[
+        int, meaning("labellers tuned besides, each without one part of the train queries, which it grades", ge=0)
+    ] = 0
+    """Their grades, of pairs that the grading labeller has not learned from, go to the table labeller_oof."""
     baseline_model: Annotated[str, meaning("encoder whose cosine is the baseline")] = "all-MiniLM-L6-v2"
     precision: Annotated[
         Literal["auto", "fp32", "bf16"],
@@ -115,10 +119,6 @@ class LabellerCard:
     ]
     metrics: Annotated[dict[str, float], meaning("agreement with people, and calibration")]
     fingerprint: Annotated[str, meaning("hash of weights, tokenizer and all above but the metrics")]
-
-    def calibration(self, dataset: str) -> Calibration:
-        """How its probabilities are calibrated in a data set."""
-        return self.calibrations.get(dataset) or self.calibrations.get("", Calibration())
 
     def decoding(self, dataset: str) -> str:
         """The task, its decoding parameters and the data set's own calibration, part of every grade's address."""

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,21 +16,20 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from conf.load import settings
-from embeddings.calibration import Calibration, fit_calibration
+from embeddings.calibration import calibrate, fit_calibrations
 from embeddings.guideline import ProductFields, labeller_product_text
-from embeddings.labeller import LabellerRecipe, save_labeller
+from embeddings.labeller import LabellerCard, LabellerRecipe, save_labeller
 from embeddings.labeller_metrics import labeller_metrics
 from embeddings.metrics import labeller_agreement
 from jobs import job, labelling
+from lake import tables
 from lake.runs import Run, RunRecord
-from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, HUMAN_ANNOTATION
+from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, HUMAN_ANNOTATION, LABELLER_OOF
 from ray_apps.placements import TunePlacement
 
 log = logging.getLogger(__name__)
 
 GRADED = ["grade", "at_least_1", "at_least_2"]
-PAIRS_FOR_OWN_CALIBRATION = 200
-"""Calibration pairs from which on a data set is calibrated by itself, where there are several."""
 MAX_BASELINE_PAIRS = 1000
 """Train pairs that the two thresholds of the cosine are fitted on; more hardly move them, and take a minute."""
 
@@ -70,18 +70,15 @@ def run(config: Config) -> RunRecord:
     log.info("tune_labeller: %s", counts)
     tuned = tune_labeller(pairs, recipe, config.placement, storage=storage, name=current.fingerprint)
     probability_N3, grade_N = tuned.probability_N3[: len(human)], human["grade"].to_numpy()
-    dataset_N, split_N = human["dataset"].to_numpy(), human["split"].to_numpy()
+    datasets, split_N = human["dataset"].to_pylist(), human["split"].to_numpy()
     fitted = np.flatnonzero(split_N == "calibration")
-    calibrations = fit_calibrations(probability_N3[fitted], grade_N[fitted], dataset_N[fitted])
+    calibrations = fit_calibrations(probability_N3[fitted], grade_N[fitted], [datasets[row] for row in fitted])
     metrics: dict[str, float] = {"best_epoch": tuned.best_epoch}
     if (test_N := split_N == "test").any():
-        calibrated_N3 = np.empty((len(human), 3))
-        for dataset in np.unique(dataset_N):
-            rows = dataset_N == dataset
-            calibrated_N3[rows] = calibrations.get(dataset, calibrations[""])(probability_N3[rows])
+        calibrated_N3 = calibrate(calibrations, datasets, probability_N3)
         metrics |= labeller_metrics(calibrated_N3[test_N], grade_N[test_N]) | baselines(human, recipe)
     folder = f"models/labeller/{current.fingerprint}"
-    save_labeller(
+    card = save_labeller(
         tuned.weights,
         current.lake.path(folder),
         recipe,
@@ -91,21 +88,54 @@ def run(config: Config) -> RunRecord:
     )
     # the speed is no property of the labeller: equal labellers have equal folders
     metrics["pairs_per_sec"] = tuned.pairs_per_sec
-    record = current.finish(rows=counts["train_pairs"], outputs={"labeller": folder}, counts=counts, metrics=metrics)
-    shutil.rmtree(Path(storage, current.fingerprint), ignore_errors=True)
+    outputs: dict[str, str | int] = {"labeller": folder}
+    names = [f"{current.fingerprint}-fold{fold}" for fold in range(recipe.folds)]
+    if recipe.folds:
+        fold_N = folds_of(pairs, recipe.folds)
+        for fold, name in enumerate(names):
+            parted, rows = hold_out(pairs, fold_N == fold)
+            answer_N3 = tune_labeller(parted, recipe, config.placement, storage=storage, name=name).probability_N3
+            own = np.flatnonzero((fold_N == fold)[rows] & (rows < len(human)))
+            probability_N3[rows[own]] = answer_N3[own]
+        calibrated_N3 = calibrate(calibrations, datasets, probability_N3)
+        outputs[LABELLER_OOF.name] = write_folds(current, human, fold_N[: len(human)], calibrated_N3, card)
+    record = current.finish(rows=counts["train_pairs"], outputs=outputs, counts=counts, metrics=metrics)
+    for name in (current.fingerprint, *names):
+        shutil.rmtree(Path(storage, name), ignore_errors=True)
     return record
 
 
-def fit_calibrations(
-    probability_N3: NDArray[np.floating], grade_N: NDArray[np.integer], dataset_N: NDArray[np.object_]
-) -> dict[str, Calibration]:
-    """Calibrations by data set, '' of all together; a data set with too few pairs for its own takes that."""
-    datasets, counts = np.unique(dataset_N, return_counts=True)
-    own = [name for name, count in zip(datasets, counts, strict=True) if count >= PAIRS_FOR_OWN_CALIBRATION]
-    chosen = {"": np.ones(len(grade_N), bool)} | (
-        {name: dataset_N == name for name in own} if len(datasets) > 1 else {}
-    )
-    return {str(name): fit_calibration(probability_N3[rows], grade_N[rows]) for name, rows in chosen.items()}
+def folds_of(pairs: pa.Table, num_folds: int) -> NDArray[np.int32]:
+    """Fold of each pair by its query's text, so that equal texts stay together; -1 outside the split train."""
+    fold_N = np.array([int(digest[:8], 16) % max(num_folds, 1) for digest in pairs["query_hash"].to_pylist()])
+    return np.where(pairs["split"].to_numpy() == "train", fold_N, -1).astype(np.int32)
+
+
+def hold_out(pairs: pa.Table, is_held_out_N: NDArray[np.bool_]) -> tuple[pa.Table, NDArray[np.int64]]:
+    """What a labeller is tuned on that shall grade the held-out pairs, and the rows of `pairs` that it is made of.
+
+    They stand there as test pairs; of the other splits only the one that chooses the epoch takes part.
+    """
+    split_N = np.where(is_held_out_N, "test", pairs["split"].to_numpy())
+    rows = np.flatnonzero(is_held_out_N | np.isin(split_N, ("train", "validation")))
+    parted = pairs.set_column(pairs.schema.get_field_index("split"), "split", pa.array(split_N.tolist(), pa.string()))
+    return parted.take(rows), rows
+
+
+def write_folds(
+    current: Run, human: pa.Table, fold_M: NDArray[np.int32], probability_M3: NDArray[np.floating], card: LabellerCard
+) -> int:
+    """Calibrated grades from labellers that had not learned from the pair -> labeller_oof; returns its version."""
+    columns: dict[str, Any] = {"fold": fold_M} | {f"p{grade}": probability_M3[:, grade] for grade in range(3)}
+    columns |= {
+        name: pa.array([value] * len(human))
+        for name, value in (("labeller", card.fingerprint), ("run_id", current.run_id))
+    }
+    data = human.select([*labelling.PAIR, "grade"])
+    for name, values in columns.items():
+        data = data.append_column(name, pa.array(values))
+    tables.append_once(current.lake, LABELLER_OOF, data, run_id=current.fingerprint, part="folds")
+    return tables.version(current.lake, LABELLER_OOF) or 0
 
 
 def agreement(prefix: str, human_N: NDArray[np.integer], predicted_N: NDArray[np.integer]) -> dict[str, float]:

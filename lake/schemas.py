@@ -383,6 +383,24 @@ EVALUATION_PAIR = TableSpec(
     ),
 )
 
+LABELLER_OOF = TableSpec(
+    "labeller_oof",
+    "Grades of human-graded pairs by labellers that had not learned from them; what the audit compares people with.",
+    "delta-rs",
+    ("labeller", "dataset", "query_id", "product_id"),
+    (
+        *_PAIR,
+        Column("fold", INT32, "part of the train queries that its labeller was tuned without; -1: not a train query"),
+        _grade("human consensus"),
+        Column("p0", FLOAT64, "calibrated probability of grade 0", "0..1"),
+        Column("p1", FLOAT64, "calibrated probability of grade 1", "0..1"),
+        Column("p2", FLOAT64, "calibrated probability of grade 2", "0..1"),
+        Column("labeller", STRING, "fingerprint of the labeller that was tuned on all train queries"),
+        _RUN,
+    ),
+    checks=(_GRADE_CHECK,),
+)
+
 LABELLER_EVALUATION = TableSpec(
     "labeller_evaluation",
     "How judges of pairs agree with people on test queries, one row per judge, data set and slice.",
@@ -462,6 +480,7 @@ TABLES: dict[str, TableSpec] = {
         EVALUATION,
         EVALUATION_QUERY,
         EVALUATION_PAIR,
+        LABELLER_OOF,
         LABELLER_EVALUATION,
         RUN_RECORD,
         QUARANTINE,

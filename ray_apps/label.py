@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayTaskError
 
 from conf.load import ConfigError
+from embeddings.calibration import calibrate
 from embeddings.labeller import LabellerCard, PairEncoder, load_labeller_card, load_pair_encoder, violations
 from ray_apps.cluster import check_resources, connect, quiet_data
 from ray_apps.placements import LabelPlacement
@@ -74,21 +75,12 @@ def label_pairs(pairs: pa.Table, folder: str, placement: LabelPlacement) -> Iter
     ordered = pairs.sort_by([("query", "ascending"), ("address", "ascending")])
     answers = _vllm_answers if chosen_engine(placement, len(pairs)) == "vllm" else _torch_answers
     for keys, probability_N3 in answers(ordered, folder, card, placement):
-        calibrated_N3 = calibrate(card, keys["dataset"].to_pylist(), probability_N3)
+        probability_N3[violations(probability_N3)] = np.nan
+        calibrated_N3 = calibrate(card.calibrations, keys["dataset"].to_pylist(), probability_N3)
         done += len(keys)
         log.info("labelled %d of %d pairs, %.0f s", done, len(pairs), time.monotonic() - started)
         columns = {f"p{grade}": calibrated_N3[:, grade] for grade in range(3)}
         yield pa.table({"address": keys["address"], **columns})
-
-
-def calibrate(card: LabellerCard, datasets: Sequence[str], probability_N3: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Calibrated probabilities, [N, 3], each pair's by its data set; nan where the answer was no distribution."""
-    calibrated_N3 = np.full(probability_N3.shape, np.nan)
-    good_N, dataset_N = ~violations(probability_N3), np.array(datasets, dtype=object)
-    for dataset in sorted(set(datasets)):
-        rows = np.flatnonzero(good_N & (dataset_N == dataset))
-        calibrated_N3[rows] = card.calibration(dataset)(probability_N3[rows])
-    return calibrated_N3
 
 
 Answers = Iterator[tuple[pa.Table, NDArray[np.float64]]]

@@ -48,7 +48,7 @@ class TunedLabeller:
 
     Attributes:
         weights: Hugging Face folder.
-        probability_N3: uncalibrated probabilities of the pairs of calibration and test queries; nan elsewhere.
+        probability_N3: uncalibrated probabilities of the pairs of all splits but train; nan there.
         grade_token_ids: tokens of the grades; empty for a classifier.
         best_epoch: epoch that was kept, first is 1.
         pairs_per_sec: training speed of the last start.
@@ -151,7 +151,7 @@ def _train_worker(given: dict[str, Any]) -> None:
     run.resume(given["salvaged"])
     watched = np.flatnonzero(split_N == "validation")
     run.train([tokens[row] for row in watched], grade_N[watched])
-    run.finish(encoder, tokens, np.isin(split_N, ("calibration", "test")))
+    run.finish(encoder, tokens, split_N != "train")
 
 
 def target_shares(pairs: pa.Table, recipe: LabellerRecipe) -> NDArray[np.float64]:

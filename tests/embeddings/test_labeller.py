@@ -184,8 +184,7 @@ def test_a_saved_labeller_is_itself_again_and_its_fingerprint_follows_weights_an
     addresses = {card.address("q", "p", dataset) for card in (cards[0], cards[2]) for dataset in ("", "shop")}
     assert len(addresses) == 4
     assert cards[0].address("q", "p", "another shop") == cards[0].address("q", "p", "")
-    assert cards[0].calibration("another shop") == Calibration(temperature=1.5)
-    assert cards[0].calibration("shop").bias == (0.5, 0.0, 0.0)
+    assert cards[0].calibrations["shop"].bias == (0.5, 0.0, 0.0)
     loaded, its_encoder = load_labeller(str(tmp_path / "a"))
     assert its_encoder.encode(QUERIES, PRODUCTS) == pairs
     np.testing.assert_allclose(plain_probabilities(loaded, pairs), plain_probabilities(model, pairs), atol=1e-6)

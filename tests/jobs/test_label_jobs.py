@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from lake.schemas import (
     CATALOG_PRODUCT,
     HUMAN_ANNOTATION,
     LABELLER_EVALUATION,
+    LABELLER_OOF,
     PAIR_GRADE,
     QUARANTINE,
     QUERY,
@@ -43,6 +45,10 @@ def put(lake: Lake, spec, rows):
     write_deltalake(lake.table(spec.name), pa.Table.from_pylist(filled, schema=spec.schema), mode="append")
 
 
+def hash_of(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 @pytest.fixture
 def shop(lake):
     """12 queries, 10 products of which two share their texts, 48 human grades and 60 candidates."""
@@ -53,7 +59,7 @@ def shop(lake):
         lake,
         QUERY,
         [
-            {"dataset": "s", "query_id": f"q{n}", "text": text, "normalised": text, "query_hash": text}
+            {"dataset": "s", "query_id": f"q{n}", "text": text, "normalised": text, "query_hash": hash_of(text)}
             | {"split": SPLITS[n % 6]}
             for n, text in enumerate(queries)
         ],
@@ -211,6 +217,7 @@ def test_the_labeller_is_tuned_measured_and_kept(shop, tmp_path):
         max_tokens=32,
         epochs=1,
         random_irrelevant_per_query=2,
+        folds=2,
     )
     placement = TunePlacement(ray=RayPlacement(address="local", num_cpus=2), threads_per_worker=1)
 
@@ -223,6 +230,27 @@ def test_the_labeller_is_tuned_measured_and_kept(shop, tmp_path):
             assert -1 <= record.metrics[f"{prefix}{name}"] <= 1
     folder = shop.path(record.outputs["labeller"])
     assert label_pairs.run(config_of(shop, folder)).counts["labelled"] == 54
+    rows = tables.rows(shop, LABELLER_OOF).to_pylist()
+    assert len(rows) == 48
+    assert {row["labeller"] for row in rows} == {load_labeller_card(folder).fingerprint}
+    folds = {row["query_id"]: row["fold"] for row in rows}
+    assert {fold for query, fold in folds.items() if SPLITS[int(query[1:]) % 6] == "train"} == {0, 1}
+    assert {fold for query, fold in folds.items() if SPLITS[int(query[1:]) % 6] != "train"} == {-1}
+    assert all(row["p0"] + row["p1"] + row["p2"] == pytest.approx(1) for row in rows)
+    assert not list(Path(shop.path("runs")).glob("*fold*"))
+
+
+def test_a_fold_s_labeller_sees_none_of_its_queries():
+    splits = ["train"] * 6 + ["validation", "calibration", "test"]
+    digests = [f"{value:08x}" for value in (0, 0, 1, 2, 3, 1, 4, 5, 6)]
+    pairs = pa.table({"split": splits, "query_hash": digests, "row": range(9)})
+
+    fold_N = tune_labeller.folds_of(pairs, 2)
+    parted, rows = tune_labeller.hold_out(pairs, fold_N == 1)
+
+    assert fold_N.tolist() == [0, 0, 1, 0, 1, 1, -1, -1, -1]
+    assert rows.tolist() == parted["row"].to_pylist() == [0, 1, 2, 3, 4, 5, 6]
+    assert parted["split"].to_pylist() == ["train", "train", "test", "train", "test", "test", "validation"]
 
 
 def read_back(path):
