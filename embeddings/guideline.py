@@ -21,8 +21,11 @@ GradeValue = Literal[0, 1, 2]
 
 PLACEHOLDERS = frozenset({"title", "purpose", "grades", "edge_cases", "query", "product"})
 
-_TAG = re.compile(r"<(?=[|\uff5c/!?A-Za-z_])")
-_BRACKETED = re.compile(r"\[(/?\w{2,16})\]")
+NEUTRALISER = 2
+"""Version of `neutralise`, part of every prompt's fingerprint; a change of what it gives is a new one."""
+_SIGNS = frozenset("<>[]|/")
+_TAG = re.compile(r"<(?=\s*[|/!?A-Za-z_])")
+_BRACKETED = re.compile(r"\[(\s*[|/]?\s*\w{2,16}\s*\|?\s*)\]")
 
 
 @settings
@@ -123,14 +126,21 @@ def render_markdown(guideline: Guideline) -> str:
 def neutralise(text: str) -> str:
     """The text on one line, without invisible characters and without anything that reads as a control token.
 
-    `<|im_end|>`, `</product>` and `[SEP]` become `< |im_end|>`, `< /product>` and `(SEP)`; people read the same.
+    `<|im_end|>`, `</product>` and `[SEP]` become `< |im_end|>`, `< /product>` and `(SEP)`, whether their signs are
+    plain, full-width or of another form of the same sign; people read the same.
     """
     visible = "".join(
-        " " if char.isspace() else char
+        " " if char.isspace() else _plain_sign(char)
         for char in text
         if char.isspace() or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co")
     )
     return " ".join(_BRACKETED.sub(r"(\1)", _TAG.sub("< ", visible)).split())
+
+
+def _plain_sign(char: str) -> str:
+    """The sign that another form of it stands for, where tags and control tokens are made of it."""
+    plain = char if char.isascii() else unicodedata.normalize("NFKC", char)
+    return plain if plain in _SIGNS else char
 
 
 def labeller_product_text(product: ProductFields, recipe: TextRecipe) -> str:
@@ -172,7 +182,7 @@ def build_prompt(guideline: Guideline, query: str, product: ProductFields, recip
 def prompt_fingerprint(guideline: Guideline, kind: LabellerKind, recipe: TextRecipe, max_tokens: int) -> str:
     """Hash of all that decides which tokens a pair becomes, apart from the tokenizer, which goes with the weights."""
     asked = prompt_segments(guideline) if kind == "generative" else ("query", "product")
-    return fingerprint("prompt", kind, asked, recipe, max_tokens)
+    return fingerprint("prompt", NEUTRALISER, kind, asked, recipe, max_tokens)
 
 
 def _descending(guideline: Guideline) -> list[GradeRule]:
