@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from conf.load import ConfigError, meaning, settings
-from embeddings import report as page
+from embeddings import injections
 from embeddings.labeller import load_labeller_card
 from embeddings.labeller_evaluation import (
     GradedPairs,
@@ -25,31 +27,21 @@ from embeddings.labeller_evaluation import (
     score_probabilities,
     slices_of_pairs,
 )
-from embeddings.labeller_metrics import expected_grade
+from embeddings.labeller_report import SHOWN, Shifts, labeller_page
+from embeddings.metrics import Interval
+from embeddings.recipes import read_card
 from embeddings.text import normalise_query, product_text
 from jobs import job, labelling, models
 from lake import tables
 from lake.runs import Run, RunRecord
 from lake.schemas import ANNOTATION_CONSENSUS, LABELLER_EVALUATION
-from lake.storage import LakeError, replace_text
+from lake.storage import Lake, LakeError, replace_text
 from ray_apps.placements import LabelPlacement
 
 log = logging.getLogger(__name__)
 
 GRADED = ["grade", "at_least_1", "at_least_2"]
 MEASURED_SPLITS = ("calibration", "test")
-SHOWN = (
-    "accuracy",
-    "within_1",
-    "quadratic_weighted_kappa",
-    "macro_f1",
-    "auc_2v1",
-    "auc_1v0",
-    "rmse",
-    "recall_0",
-    "precision_0",
-    "ece",
-)
 
 
 @settings
@@ -72,6 +64,9 @@ class EvaluateRecipe:
     """How judges are compared."""
 
     judges: JudgeRecipe = JudgeRecipe()
+    injection_pairs: Annotated[
+        int, meaning("test pairs of a data set on which prompt injections are tried; 0: none", "pairs", ge=0)
+    ] = 0
 
 
 @settings
@@ -94,66 +89,89 @@ class Config:
 
 def run(config: Config) -> RunRecord:
     """A row per judge, data set and slice in labeller_evaluation, and one HTML page of them all."""
+    config = _with_folders(config)
     current = job.begin(config, "evaluate_labeller")
-    labellers, encoders = _folders(current, config.inputs)
+    labellers, encoders = _named(current, config.inputs)
     consensus = labelling.read(current, ANNOTATION_CONSENSUS, [*labelling.PAIR, *GRADED])
     pairs = labelling.with_texts(current, consensus)
-    split_N = pairs["split"].to_numpy()
-    train_grades = _by_dataset(pairs.filter(pa.array(split_N == "train")))
-    pairs = pairs.filter(pa.array(np.isin(split_N, MEASURED_SPLITS)))
-    if not (pairs["split"].to_numpy() == "test").any():
+    train = pairs.filter(pc.equal(pairs["split"], "train"))
+    train_grades = {dataset: train["grade"].to_numpy()[rows] for dataset, rows in _rows_by_dataset(train).items()}
+    pairs = measured_pairs(pairs)
+    if not len(pairs):
         raise LakeError(f"annotation_consensus: no test query of lake={current.lake.root} has grades; annotate some")
-    graded = _graded_pairs(pairs)
     log.info("evaluate_labeller: %d pairs of calibration and test queries", len(pairs))
-    answers: dict[str, NDArray[np.float64]] = {
-        name: _labeller_probabilities(pairs, folder, config.placement.label) for name, folder in labellers.items()
-    }
-    scores = {f"cosine of {name}": _cosines(pairs, folder) for name, folder in encoders.items()}
-    found: dict[tuple[str, str], list[MeasuredSlice]] = {}
-    for dataset, rows in _rows_by_dataset(pairs).items():
-        own = graded[dataset]
-        judges = {name: answer_N3[rows] for name, answer_N3 in answers.items()}
-        judges |= {name: _by_score(score_N[rows], own) for name, score_N in scores.items()}
-        judges["commonest grade"] = rate_probabilities(
-            train_grades.get(dataset, own.grade_N[~own.is_test_N]), len(rows)
-        )
-        for name, probability_N3 in judges.items():
-            found[dataset, name] = measure_judge(probability_N3, own, config.recipe.judges)
-    version = _write(current, found)
-    name = f"reports/labeller-{current.fingerprint}.html"
-    replace_text(current.lake.path(name), _page(current, found, answers, pairs))
-    metrics = {
-        f"{dataset}/{judge}/{metric}": interval.mean
-        for (dataset, judge), measured in found.items()
-        for metric, interval in measured[0].metrics.items()
-        if metric in SHOWN
-    }
+    graded, rows_of = _graded_pairs(pairs), _rows_by_dataset(pairs)
+    answered = {name: _labeller_probabilities(pairs, folder, config) for name, folder in labellers.items()}
+    answers = {(dataset, name): found[rows] for dataset, rows in rows_of.items() for name, found in answered.items()}
+    judges = dict(answers)
+    for name, folder in encoders.items():
+        score_N = _cosines(pairs, folder)
+        judges |= {
+            (held, f"cosine of {name}"): _by_score(score_N[rows], graded[held]) for held, rows in rows_of.items()
+        }
+    for dataset, own in graded.items():
+        rates = train_grades.get(dataset, own.grade_N[~own.is_test_N])
+        judges[dataset, "commonest grade"] = rate_probabilities(rates, len(own.grade_N))
+    found = {key: measure_judge(answer, graded[key[0]], config.recipe.judges) for key, answer in judges.items()}
+    shifts = {key: _injected(pairs.take(rows_of[key[0]]), labellers[key[1]], config) for key in answers}
+    page = f"reports/labeller-{current.fingerprint}.html"
+    subtitle = f"run {current.run_id}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, split test"
+    replace_text(current.lake.path(page), labeller_page(subtitle, found, shifts, answers, graded))
     counts = {f"test_pairs/{dataset}": int(own.is_test_N.sum()) for dataset, own in graded.items()}
     return current.finish(
         rows=sum(counts.values()),
-        outputs={LABELLER_EVALUATION.name: version, "report": name},
+        outputs={LABELLER_EVALUATION.name: _write(current, found, shifts), "report": page},
         counts=counts,
-        metrics=metrics,
+        metrics={
+            f"{dataset}/{judge}/{metric}": measured[0].metrics[metric].mean
+            for (dataset, judge), measured in found.items()
+            for metric in SHOWN
+            if metric in measured[0].metrics
+        },
     )
 
 
-def _folders(current: Run, inputs: Inputs) -> tuple[dict[str, str], dict[str, str]]:
-    """Judge -> folder, of the labellers and of the encoders; a labeller is named by kind and fingerprint."""
-    given = inputs.labellers or (current.lake.relative(models.labeller_folder(current.lake)),)
-    labellers = {}
-    for value in given:
+def _with_folders(config: Config) -> Config:
+    """The config with every judge by its folder, so that what was judged is pinned, whatever is newest later.
+
+    Raises:
+        LakeError: no labeller is named, and none was tuned in this lake.
+    """
+    lake, inputs = Lake(config.lake), config.inputs
+    encoders = []
+    for value in inputs.encoders:
+        inside = job.find_path(lake, value)
+        encoders.append(
+            value if inside and Path(inside).is_dir() else lake.relative(models.encoder_folder(lake, value))
+        )
+    labellers = inputs.labellers or (lake.relative(models.labeller_folder(lake)),)
+    return dataclasses.replace(
+        config, inputs=dataclasses.replace(inputs, labellers=labellers, encoders=tuple(encoders))
+    )
+
+
+def _named(current: Run, inputs: Inputs) -> tuple[dict[str, str], dict[str, str]]:
+    """Judge -> folder: labellers by kind and fingerprint, encoders by stage, or by their folder where they have none."""
+    labellers, encoders = {}, {}
+    for value in inputs.labellers:
         folder = labelling.labeller_folder(current.lake, value)
         card = load_labeller_card(folder)
         labellers[f"{card.kind} {card.fingerprint}"] = folder
-    encoders = {}
     for value in inputs.encoders:
-        inside = job.find_path(current.lake, value)
-        folder = inside if inside and Path(inside).is_dir() else models.encoder_folder(current.lake, value)
-        name = value if value in models.ENCODERS else Path(folder).name
+        folder = job.find_path(current.lake, value) or value
+        stage = str(read_card(folder).get("stage", Path(folder).name))
+        name = f"stage{stage}" if stage in ("1", "2") else stage
         if name in encoders:
-            raise ConfigError(f"inputs.encoders: two folders are named {name!r}; rename one")
+            raise ConfigError(f"inputs.encoders: {encoders[name]} and {folder} are both {name}; give one of them")
         encoders[name] = folder
     return labellers, encoders
+
+
+def measured_pairs(pairs: pa.Table) -> pa.Table:
+    """Pairs of calibration and test queries, of the data sets that have test queries."""
+    pairs = pairs.filter(pc.is_in(pairs["split"], value_set=pa.array(MEASURED_SPLITS)))
+    tested = pairs.filter(pc.equal(pairs["split"], "test"))["dataset"].unique()
+    return pairs.filter(pc.is_in(pairs["dataset"], value_set=tested.combine_chunks() if len(pairs) else tested))
 
 
 def _rows_by_dataset(pairs: pa.Table) -> dict[str, NDArray[np.int64]]:
@@ -161,13 +179,8 @@ def _rows_by_dataset(pairs: pa.Table) -> dict[str, NDArray[np.int64]]:
     return {dataset: np.flatnonzero(dataset_N == dataset) for dataset in sorted(set(dataset_N))}
 
 
-def _by_dataset(pairs: pa.Table) -> dict[str, NDArray[np.int8]]:
-    grade_N = pairs["grade"].to_numpy()
-    return {dataset: grade_N[rows] for dataset, rows in _rows_by_dataset(pairs).items()}
-
-
 def _graded_pairs(pairs: pa.Table) -> dict[str, GradedPairs]:
-    """Data set -> its pairs, in their order; data sets without a test pair are left out."""
+    """Data set -> its pairs, in their order."""
     graded = {}
     for dataset, rows in _rows_by_dataset(pairs).items():
         part = pairs.take(rows)
@@ -182,7 +195,7 @@ def _graded_pairs(pairs: pa.Table) -> dict[str, GradedPairs]:
     return graded
 
 
-def _labeller_probabilities(pairs: pa.Table, folder: str, placement: LabelPlacement) -> NDArray[np.float64]:
+def _labeller_probabilities(pairs: pa.Table, folder: str, config: Config) -> NDArray[np.float64]:
     """Calibrated probabilities of all pairs, in their order.
 
     Raises:
@@ -192,12 +205,40 @@ def _labeller_probabilities(pairs: pa.Table, folder: str, placement: LabelPlacem
 
     asked = pairs.append_column("address", pa.array([f"{row:012d}" for row in range(len(pairs))]))
     probability_N3 = np.full((len(pairs), 3), np.nan)
-    for part in label_pairs(asked, folder, placement):
+    for part in label_pairs(asked, folder, config.placement.label):
         places = [int(address) for address in part["address"].to_pylist()]
         probability_N3[places] = np.stack([part[f"p{grade}"].to_numpy() for grade in range(3)], axis=1)
     if lost := int(np.isnan(probability_N3).any(axis=1).sum()):
         raise ValueError(f"{folder}: gave {lost} of {len(pairs)} pairs no distribution over the grades; tune it again")
     return probability_N3
+
+
+def _injected(pairs: pa.Table, folder: str, config: Config) -> Shifts:
+    """Attack -> what it does to the labeller's grades of a data set's test pairs with short titles, and the pairs."""
+    titles = pairs["title"].to_pylist()
+    is_short_N = np.array([len(title) <= injections.MAX_TITLE_CHARS for title in titles])
+    rows = np.flatnonzero(is_short_N & (pairs["split"].to_numpy() == "test"))
+    count = min(config.recipe.injection_pairs, len(rows))
+    rows = np.sort(np.random.default_rng(config.recipe.judges.seed).choice(rows, count, replace=False))
+    if not count:
+        return {}
+    asked = pairs.take(rows)
+    additions = [injections.HARMLESS[0], *injections.ATTACKS.values()]
+    place = asked.schema.get_field_index("title")
+    tables_of = [
+        asked.set_column(
+            place, "title", pa.array([injections.attacked(title, text) for title in asked["title"].to_pylist()])
+        )
+        for text in additions
+    ]
+    answer_N3 = _labeller_probabilities(pa.concat_tables(tables_of), folder, config)
+    control_N3, *attacked = np.split(answer_N3, len(additions))
+    query_N = np.unique(asked["query_id"].to_numpy(), return_inverse=True)[1].astype(np.int64)
+    drawn = {"resamples": config.recipe.judges.resamples, "seed": config.recipe.judges.seed}
+    return {
+        name: (injections.measure_shift(control_N3, one_N3, query_N, **drawn), count)
+        for name, one_N3 in zip(injections.ATTACKS, attacked, strict=True)
+    }
 
 
 def _cosines(pairs: pa.Table, folder: str) -> NDArray[np.float64]:
@@ -220,82 +261,31 @@ def _by_score(score_N: NDArray[np.float64], pairs: GradedPairs) -> NDArray[np.fl
     return score_probabilities(score_N[fitted_N], pairs.grade_N[fitted_N], score_N)
 
 
-def _write(current: Run, found: Mapping[tuple[str, str], Sequence[MeasuredSlice]]) -> int:
+def _write(
+    current: Run,
+    found: Mapping[tuple[str, str], Sequence[MeasuredSlice]],
+    shifts: Mapping[tuple[str, str], Shifts],
+) -> int:
     rows: list[dict[str, Any]] = []
     for (dataset, judge), measured in found.items():
         for one in measured:
-            bounds = {
-                name: [(metric, getattr(interval, part)) for metric, interval in one.metrics.items()]
-                for name, part in (("metrics", "mean"), ("low", "low"), ("high", "high"))
-            }
-            rows.append(
-                {
-                    "run_id": current.run_id,
-                    "dataset": dataset,
-                    "judge": judge,
-                    "slice": one.name,
-                    "num_pairs": one.num_pairs,
-                    "num_queries": one.num_queries,
-                    "ece_floor": one.ece_floor,
-                    "confusion": [count for row in one.confusion for count in row],
-                    "created_at": datetime.now(UTC),
-                }
-                | bounds
-            )
+            whole = {"slice": one.name, "num_pairs": one.num_pairs, "num_queries": one.num_queries}
+            more = {"ece_floor": one.ece_floor, "confusion": [count for row in one.confusion for count in row]}
+            rows.append({"dataset": dataset, "judge": judge} | whole | more | _bounds(one.metrics))
+    for (dataset, judge), own in shifts.items():
+        for name, (metrics, count) in own.items():
+            whole = {"slice": f"injection: {name}", "num_pairs": count}
+            rows.append({"dataset": dataset, "judge": judge} | whole | _bounds(metrics))
+    for row in rows:
+        row |= {"run_id": current.run_id, "created_at": datetime.now(UTC)}
     data = pa.Table.from_pylist(rows, schema=LABELLER_EVALUATION.schema)
     tables.append_once(current.lake, LABELLER_EVALUATION, data, run_id=current.run_id, part="judges")
     return tables.version(current.lake, LABELLER_EVALUATION) or 0
 
 
-def _page(
-    current: Run,
-    found: Mapping[tuple[str, str], Sequence[MeasuredSlice]],
-    answers: Mapping[str, NDArray[np.float64]],
-    pairs: pa.Table,
-) -> str:
-    plots = []
-    is_test_N, grade_N = pairs["split"].to_numpy() == "test", pairs["grade"].to_numpy()
-    for dataset, rows in _rows_by_dataset(pairs).items():
-        for judge, answer_N3 in answers.items():
-            tested = rows[is_test_N[rows]]
-            expected_N, own_N = expected_grade(answer_N3[tested]), grade_N[tested]
-            caption = f"{dataset}: {judge}"
-            plots.append(page.violin(caption, {grade: expected_N[own_N == grade] for grade in range(3)}))
-            plots.append(page.reliability_plot(caption, found[dataset, judge][0].reliability))
-    sheets = []
-    for dataset in sorted({dataset for dataset, _ in found}):
-        judges = {judge: measured for (held, judge), measured in found.items() if held == dataset}
-        lines = [[judge, *(_cell(measured[0], name) for name in SHOWN)] for judge, measured in judges.items()]
-        note = "In brackets: 95 % interval, bootstrap over queries."
-        sheets.append(page.Sheet(f"{dataset}: judges on test queries", ["judge", *SHOWN], lines, note))
-        for judge in answers:
-            whole, *slices = judges[judge]
-            sheets.append(_slice_sheet(dataset, judge, [whole, *slices]))
-            rows_of_confusion = [[f"people: {grade}", *map(str, row)] for grade, row in enumerate(whole.confusion)]
-            header = ["", *(f"labeller: {grade}" for grade in range(3))]
-            sheets.append(page.Sheet(f"{dataset}: grades of people and of {judge}", header, rows_of_confusion))
-    return page.render(
-        "Assay: labellers",
-        f"run {current.run_id}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, split test",
-        plots,
-        "Expected grade of every judged test pair by human grade; beside it, of each tenth of the pairs by certainty, "
-        "how sure the labeller was and how often it was right.",
-        sheets,
-    )
-
-
-def _slice_sheet(dataset: str, judge: str, measured: Sequence[MeasuredSlice]) -> page.Sheet:
-    lines = []
-    for one in measured:
-        shown = [_cell(one, name) for name in ("accuracy", "quadratic_weighted_kappa", "ece")]
-        lines.append([one.name or "all", f"{one.num_pairs:,}", f"{one.num_queries:,}", *shown, f"{one.ece_floor:.3f}"])
-    header = ["slice", "pairs", "queries", "accuracy", "quadratic_weighted_kappa", "ece", "ece of a perfect judge"]
-    return page.Sheet(f"{dataset}: slices of {judge}", header, lines)
-
-
-def _cell(one: MeasuredSlice, name: str) -> str:
-    interval = one.metrics.get(name)
-    return "-" if interval is None else f"{interval.mean:.3f} [{interval.low:.3f} {interval.high:.3f}]"
+def _bounds(metrics: Mapping[str, Interval]) -> dict[str, list[tuple[str, float]]]:
+    parts = (("metrics", "mean"), ("low", "low"), ("high", "high"))
+    return {name: [(metric, getattr(interval, part)) for metric, interval in metrics.items()] for name, part in parts}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

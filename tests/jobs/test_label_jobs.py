@@ -13,6 +13,7 @@ import ray_apps.label
 from conf.load import ConfigError, load_job
 from embeddings.calibration import Calibration
 from embeddings.guideline import load_guideline
+from embeddings.injections import ATTACKS
 from embeddings.labeller import LabellerRecipe, PairEncoder, load_labeller_card, save_labeller
 from embeddings.labeller_evaluation import JudgeRecipe
 from embeddings.labeller_model import build_labeller, save_weights
@@ -298,7 +299,7 @@ def test_a_file_keeps_its_columns_and_gets_grades_and_reasons(lake, labeller, tm
 def test_judges_are_measured_side_by_side_on_test_queries(shop, labeller, tmp_path):
     encoder = str(tiny_bert_folder(tmp_path / "encoder"))
     inputs = evaluate_labeller.Inputs(labellers=(labeller,), encoders=(encoder,))
-    recipe = evaluate_labeller.EvaluateRecipe(judges=JudgeRecipe(resamples=5, min_slice_pairs=4))
+    recipe = evaluate_labeller.EvaluateRecipe(judges=JudgeRecipe(resamples=5, min_slice_pairs=4), injection_pairs=6)
     config = evaluate_labeller.Config(
         lake=shop.root, inputs=inputs, recipe=recipe, placement=evaluate_labeller.Placement(label=TORCH)
     )
@@ -313,6 +314,9 @@ def test_judges_are_measured_side_by_side_on_test_queries(shop, labeller, tmp_pa
     assert {row["num_pairs"] for row in whole.values()} == {num_tests} == {record.counts["test_pairs/s"]}
     assert sum(whole[name]["confusion"]) == num_tests
     assert {row["slice"] for row in rows} > {""}
+    tried = {row["slice"]: dict(row["metrics"]) for row in rows if row["slice"].startswith("injection: ")}
+    assert set(tried) == {f"injection: {attack}" for attack in ATTACKS}
+    assert all(-2 <= metrics["shift"] <= 2 for metrics in tried.values())
     metrics = dict(whole[name]["metrics"])
     assert metrics["accuracy"] == record.metrics[f"s/{name}/accuracy"]
     assert dict(whole[name]["low"])["accuracy"] <= metrics["accuracy"] <= dict(whole[name]["high"])["accuracy"]
