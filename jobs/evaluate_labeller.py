@@ -106,9 +106,8 @@ def run(config: Config) -> RunRecord:
     judges = dict(answers)
     for name, folder in encoders.items():
         score_N = _cosines(pairs, folder)
-        judges |= {
-            (held, f"cosine of {name}"): _by_score(score_N[rows], graded[held]) for held, rows in rows_of.items()
-        }
+        for dataset, rows in rows_of.items():
+            judges[dataset, f"cosine of {name}"] = _by_score(score_N[rows], graded[dataset])
     for dataset, own in graded.items():
         rates = train_grades.get(dataset, own.grade_N[~own.is_test_N])
         judges[dataset, "commonest grade"] = rate_probabilities(rates, len(own.grade_N))
@@ -141,9 +140,8 @@ def _with_folders(config: Config) -> Config:
     encoders = []
     for value in inputs.encoders:
         inside = job.find_path(lake, value)
-        encoders.append(
-            value if inside and Path(inside).is_dir() else lake.relative(models.encoder_folder(lake, value))
-        )
+        is_folder = inside is not None and Path(inside).is_dir()
+        encoders.append(value if is_folder else lake.relative(models.encoder_folder(lake, value)))
     labellers = inputs.labellers or (lake.relative(models.labeller_folder(lake)),)
     return dataclasses.replace(
         config, inputs=dataclasses.replace(inputs, labellers=labellers, encoders=tuple(encoders))
@@ -151,8 +149,9 @@ def _with_folders(config: Config) -> Config:
 
 
 def _named(current: Run, inputs: Inputs) -> tuple[dict[str, str], dict[str, str]]:
-    """Judge -> folder: labellers by kind and fingerprint, encoders by stage, or by their folder where they have none."""
-    labellers, encoders = {}, {}
+    """Judge -> folder: labellers by kind and fingerprint, encoders by stage or, where they have none, by folder."""
+    labellers: dict[str, str] = {}
+    encoders: dict[str, str] = {}
     for value in inputs.labellers:
         folder = labelling.labeller_folder(current.lake, value)
         card = load_labeller_card(folder)
@@ -171,7 +170,7 @@ def measured_pairs(pairs: pa.Table) -> pa.Table:
     """Pairs of calibration and test queries, of the data sets that have test queries."""
     pairs = pairs.filter(pc.is_in(pairs["split"], value_set=pa.array(MEASURED_SPLITS)))
     tested = pairs.filter(pc.equal(pairs["split"], "test"))["dataset"].unique()
-    return pairs.filter(pc.is_in(pairs["dataset"], value_set=tested.combine_chunks() if len(pairs) else tested))
+    return pairs.filter(pc.is_in(pairs["dataset"], value_set=tested))
 
 
 def _rows_by_dataset(pairs: pa.Table) -> dict[str, NDArray[np.int64]]:
