@@ -25,7 +25,7 @@ from conf.load import meaning, settings
 PAIRS_FOR_CURVES: Final = 1000
 """Calibration pairs from which on the boundaries get curves; below, the curves would fit chance."""
 PAIRS_FOR_OWN_CALIBRATION: Final = 200
-"""Calibration pairs from which on a data set is calibrated by itself, where there are several."""
+"""Calibration pairs from which on a data set has a calibration of its own."""
 PAIRS_PER_KNOT: Final = 100
 _SMALLEST = 1e-30
 _BIAS_DEVIATION = 2.0
@@ -55,7 +55,7 @@ class Calibration:
 
 
 def calibration_of(calibrations: Mapping[str, Calibration], dataset: str) -> Calibration:
-    """A data set's own calibration, else that of all together."""
+    """That of a data set's judged pairs, else that of any other pairs, ''."""
     return calibrations.get(dataset) or calibrations.get("", Calibration())
 
 
@@ -73,11 +73,15 @@ def calibrate(
 def fit_calibrations(
     probability_N3: NDArray[np.floating], grade_N: NDArray[np.integer], datasets: Sequence[str]
 ) -> dict[str, Calibration]:
-    """Calibrations by data set, '' of all together; where there are several, one with enough pairs has its own."""
+    """Calibrations of judged pairs by data set, and of any other pairs, ''.
+
+    Which pairs people judge is a choice, and so are the rates of their grades. What the labeller is asked besides,
+    sampled and mined pairs or another shop's, has others: there it keeps the rates of its tuning set, and '' is a
+    temperature alone.
+    """
     dataset_N = np.array(datasets, dtype=object)
-    found = {"": fit_calibration(probability_N3, grade_N)}
-    names = sorted(set(datasets))
-    for dataset in names if len(names) > 1 else ():
+    found = {"": Calibration(temperature=fit_temperature(probability_N3, grade_N))}
+    for dataset in sorted(set(datasets)):
         rows = dataset_N == dataset
         if rows.sum() >= PAIRS_FOR_OWN_CALIBRATION:
             found[dataset] = fit_calibration(probability_N3[rows], grade_N[rows])
@@ -91,7 +95,7 @@ def fit_calibration(probability_N3: NDArray[np.floating], grade_N: NDArray[np.in
     """
     if not len(grade_N):
         return Calibration()
-    log_temperature, *bias = _fit_scale(probability_N3, grade_N, is_temperature_free=True)
+    log_temperature, *bias = _fit_scale(probability_N3, grade_N, is_free=("temperature", "bias"))
     scale = Calibration(temperature=_rounded(np.exp(log_temperature)), bias=_rounded_bias(bias))
     if len(grade_N) < PAIRS_FOR_CURVES:
         return scale
@@ -122,36 +126,48 @@ def fit_class_rates(
     plain = Calibration(temperature=calibration.temperature, bias=calibration.bias)
     if not len(grade_N):
         return plain
-    added = _fit_scale(plain(probability_N3), grade_N, is_temperature_free=False)[1:]
+    added = _fit_scale(plain(probability_N3), grade_N, is_free=("bias",))[1:]
     bias = [old + new for old, new in zip(plain.bias, added, strict=True)]
     return Calibration(temperature=calibration.temperature, bias=_rounded_bias(bias))
 
 
+def fit_temperature(probability_N3: NDArray[np.floating], grade_N: NDArray[np.integer]) -> float:
+    """The temperature of least negative log-likelihood, in [0.05, 20]; 1 where there are no pairs."""
+    if not len(grade_N):
+        return 1.0
+    return _rounded(float(np.exp(_fit_scale(probability_N3, grade_N, is_free=("temperature",))[0])))
+
+
 def _fit_scale(
-    probability_N3: NDArray[np.floating], grade_N: NDArray[np.integer], *, is_temperature_free: bool
+    probability_N3: NDArray[np.floating], grade_N: NDArray[np.integer], *, is_free: Sequence[str]
 ) -> list[float]:
-    """Log temperature and the biases, grade 1's at 0, of least loss."""
+    """Log temperature and the biases, grade 1's at 0, of least loss; what is not free stays 0."""
     from scipy.optimize import minimize
 
     chosen = (np.arange(len(grade_N)), grade_N)
+    places = [0] * ("temperature" in is_free) + [1, 3] * ("bias" in is_free)
 
     def full(free: NDArray[np.float64]) -> NDArray[np.float64]:
-        log_temperature = free[2] if is_temperature_free else 0.0
-        return np.array([log_temperature, free[0], 0.0, free[1]])
+        scale = np.zeros(4)
+        scale[places] = free
+        return scale
 
     def loss(free: NDArray[np.float64]) -> float:
-        likelihood_N = np.maximum(_scaled(probability_N3, full(free))[chosen], _SMALLEST)
-        return float(-np.log(likelihood_N).sum() + (free[:2] ** 2).sum() / (2 * _BIAS_DEVIATION**2))
+        scale = full(free)
+        likelihood_N = np.maximum(_scaled(probability_N3, scale)[chosen], _SMALLEST)
+        return float(-np.log(likelihood_N).sum() + (scale[1:] ** 2).sum() / (2 * _BIAS_DEVIATION**2))
 
-    bounds = [(-10.0, 10.0)] * 2 + [(float(np.log(0.05)), float(np.log(20.0)))] * is_temperature_free
-    found = minimize(loss, np.zeros(2 + is_temperature_free), method="L-BFGS-B", bounds=bounds)
+    bounds = [(float(np.log(0.05)), float(np.log(20.0))), (-10.0, 10.0), (0.0, 0.0), (-10.0, 10.0)]
+    start = np.zeros(len(places))
+    found = minimize(loss, start, method="L-BFGS-B", bounds=[bounds[place] for place in places])
     return [float(value) for value in full(found.x)]
 
 
 def _boundaries(probability_N3: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """P(grade >= 1) and P(grade 2 given grade >= 1), [N] each."""
-    relevant_N = probability_N3[:, 1] + probability_N3[:, 2]
-    return relevant_N, probability_N3[:, 2] / np.maximum(relevant_N, _SMALLEST)
+    # sums of rounded shares may pass 1 by a bit
+    relevant_N = np.minimum(probability_N3[:, 1] + probability_N3[:, 2], 1.0)
+    return relevant_N, np.minimum(probability_N3[:, 2] / np.maximum(relevant_N, _SMALLEST), 1.0)
 
 
 def _scaled(probability_N3: NDArray[np.floating], scale: NDArray[np.float64]) -> NDArray[np.float64]:

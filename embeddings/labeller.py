@@ -115,19 +115,19 @@ class LabellerCard:
     max_tokens: Annotated[int, meaning("longest pair", "tokens")]
     grade_token_ids: Annotated[tuple[int, ...], meaning("tokens of the grades 0, 1, 2; empty for a classifier")]
     calibrations: Annotated[
-        dict[str, Calibration], meaning("of the probabilities, by data set; '' is that of any other")
+        dict[str, Calibration], meaning("of a data set's judged pairs, by data set; '' is that of any other pairs")
     ]
     metrics: Annotated[dict[str, float], meaning("agreement with people, and calibration")]
     fingerprint: Annotated[str, meaning("hash of weights, tokenizer and all above but the metrics")]
 
-    def decoding(self, dataset: str) -> str:
-        """The task, its decoding parameters and the data set's own calibration, part of every grade's address."""
-        task = "classify" if self.kind == "classifier" else "generate max_tokens=1 allowed=0,1,2 temperature=0"
-        return f"{task} calibration={dataset}" if dataset and dataset in self.calibrations else task
+    @property
+    def decoding(self) -> str:
+        """The task and its decoding parameters, part of every grade's address."""
+        return "classify" if self.kind == "classifier" else "generate max_tokens=1 allowed=0,1,2 temperature=0"
 
-    def address(self, query_hash: str, product_hash: str, dataset: str) -> str:
-        """Content address of the grade that this labeller gives a pair of texts of a data set."""
-        parts = (self.guideline, self.prompt, self.fingerprint, self.decoding(dataset), query_hash, product_hash)
+    def address(self, query_hash: str, product_hash: str) -> str:
+        """Content address of the grade that this labeller gives a pair of texts that nobody has judged."""
+        parts = (self.guideline, self.prompt, self.fingerprint, self.decoding, query_hash, product_hash)
         return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
 
 
@@ -308,9 +308,9 @@ def _readme(card: LabellerCard) -> str:
             "",
             f"Grades (query, product) pairs 0, 1 or 2 under guideline {card.guideline} (guideline.md).",
             f"Kind {card.kind}: {how}; pairs are cut to {card.max_tokens} tokens, segment ids are 0.",
-            f"Calibrate by `calibrations` of {CARD_FILE}, one per data set, '' for any other: divide log probabilities",
-            "by `temperature`, add `bias`, normalise; then map P(grade >= 1) through the knots of `relevant` and",
-            "P(grade 2 given grade >= 1) through those of `exact`, with straight lines between knots.",
+            f"Calibrate by `calibrations` of {CARD_FILE}, one for the judged pairs of each data set, '' for any other",
+            "pairs: divide log probabilities by `temperature`, add `bias`, normalise; then map P(grade >= 1) through",
+            "the knots of `relevant` and P(grade 2 given grade >= 1) through those of `exact`, straight lines between.",
             f"Fingerprint {card.fingerprint}, prompt {card.prompt}.",
             "",
             "Fitted on calibration queries, measured on test queries; `ece` is the expected calibration error.",

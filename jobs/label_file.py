@@ -31,7 +31,7 @@ class Inputs:
     file: Annotated[str, meaning("CSV, JSONL or Parquet file with the columns query and title")] = ""
     labeller: Annotated[str, meaning("folder of the labeller; empty takes the lake's newest")] = ""
     dataset: Annotated[
-        str, meaning("data set whose calibration is taken; empty: that of all the labeller learned from together")
+        str, meaning("data set whose judged pairs these are like, for its calibration; empty: of any other pairs")
     ] = ""
 
 

@@ -83,7 +83,8 @@ def run(config: Config) -> RunRecord:
         from ray_apps.label import label_pairs
 
         run_folder = current.lake.path("runs", current.fingerprint)
-        for answers in label_pairs(waiting, folder, config.placement):
+        # without their data set: people did not choose these pairs, so its judged pairs' class rates are not theirs
+        for answers in label_pairs(waiting.drop_columns("dataset"), folder, config.placement):
             part = answers.join(waiting, "address", join_type="inner")
             good = pc.is_finite(part["p0"])
             labelled += append(current, card, part.filter(good))
@@ -105,8 +106,8 @@ def run(config: Config) -> RunRecord:
 
 def with_addresses(pairs: pa.Table, card: LabellerCard) -> pa.Table:
     """The pairs with their content address under this labeller."""
-    hashes = zip(*(pairs[name].to_pylist() for name in ("query_hash", "product_hash", "dataset")), strict=True)
-    return pairs.append_column("address", pa.array([card.address(*parts) for parts in hashes], pa.string()))
+    hashes = zip(pairs["query_hash"].to_pylist(), pairs["product_hash"].to_pylist(), strict=True)
+    return pairs.append_column("address", pa.array([card.address(*both) for both in hashes], pa.string()))
 
 
 def without_ledger_rows(current: Run, pairs: pa.Table) -> pa.Table:
@@ -135,16 +136,13 @@ def append(current: Run, card: LabellerCard, part: pa.Table) -> int:
         "labeller": card.fingerprint,
         "guideline": card.guideline,
         "prompt": card.prompt,
+        "decoding": card.decoding,
         "run_id": current.run_id,
     }
     rows = part.select(["address", *labelling.PAIR, "query_hash", "product_hash", "p0", "p1", "p2"])
     rows = rows.append_column("grade", pa.array(probability_N3.argmax(axis=1), pa.int8()))
     for name, value in constant.items():
         rows = rows.append_column(name, pa.array([value] * len(rows), pa.string()))
-    decoding = {dataset: card.decoding(dataset) for dataset in part["dataset"].unique().to_pylist()}
-    rows = rows.append_column(
-        "decoding", pa.array([decoding[name] for name in part["dataset"].to_pylist()], pa.string())
-    )
     written = pa.array([datetime.now(UTC)] * len(rows), pa.timestamp("us", tz="UTC"))
     name = hashlib.sha256("".join(part["address"].to_pylist()).encode()).hexdigest()[:16]
     tables.append_once(

@@ -271,7 +271,7 @@ PAIR_GRADE = TableSpec(
         Column("labeller", STRING, "fingerprint of the labeller's weights and calibration"),
         Column("guideline", STRING, "version of the guideline"),
         Column("prompt", STRING, "fingerprint of the prompt", "hex"),
-        Column("decoding", STRING, "task, decoding parameters and the data set's own calibration"),
+        Column("decoding", STRING, "task and decoding parameters"),
         _RUN,
         _CREATED,
     ),

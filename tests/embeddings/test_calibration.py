@@ -3,7 +3,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embeddings.calibration import Calibration, fit_calibration, fit_class_rates
+from embeddings.calibration import (
+    Calibration,
+    calibrate,
+    fit_calibration,
+    fit_calibrations,
+    fit_class_rates,
+    fit_temperature,
+)
 from embeddings.labeller_metrics import labeller_metrics
 
 
@@ -48,6 +55,28 @@ def test_curves_repair_what_a_temperature_cannot():
     assert (np.diff(curve, axis=0) >= 0).all()
     assert curve[0].tolist() == [0, 0]
     assert curve[-1].tolist() == [1, 1]
+
+
+def test_judged_pairs_of_a_data_set_have_their_own_calibration_and_other_pairs_a_temperature():
+    true_N3, grade_N = population(3_000)
+    answered_N3 = sharpened(true_N3, 2.0, (4.0, 1.0, 1.0))
+    datasets = ["large"] * 2_900 + ["small"] * 100
+
+    found = fit_calibrations(answered_N3, grade_N, datasets)
+
+    assert found.keys() == {"", "large"}
+    assert found[""] == Calibration(temperature=fit_temperature(answered_N3, grade_N))
+    assert found["large"].bias[0] == pytest.approx(-np.log(4) / 2, abs=0.15)
+    by_hand = [found["large"](answered_N3[:1]), found[""](answered_N3[-1:])]
+    given = calibrate(found, ["large", "small"], answered_N3[[0, -1]])
+    np.testing.assert_allclose(given, np.concatenate(by_hand))
+
+
+def test_the_temperature_is_that_of_least_loss():
+    true_N3, grade_N = population(20_000)
+    found = fit_temperature(sharpened(true_N3, 3.0), grade_N)
+    assert found == pytest.approx(3.0, rel=0.05)
+    assert fit_temperature(true_N3[:0], grade_N[:0]) == 1.0
 
 
 def test_a_small_sample_moves_the_class_rates_and_not_the_temperature():

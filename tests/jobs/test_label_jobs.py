@@ -326,17 +326,22 @@ def test_judges_are_measured_side_by_side_on_test_queries(shop, labeller, tmp_pa
     assert "http" not in html.replace("http://www.w3.org", "")
 
 
-def test_a_data_set_s_own_calibration_is_taken_and_is_part_of_the_address(shop, labeller, tmp_path):
+def test_a_data_set_s_own_calibration_is_that_of_its_judged_pairs_and_of_files_that_name_it(shop, labeller, tmp_path):
     recipe = LabellerRecipe(model=str(tmp_path / "model"), max_tokens=32)
-    own = {"": Calibration(temperature=1.2), "s": Calibration(bias=(9.0, 0.0, 0.0))}
-    save_labeller(tmp_path / "weights", str(tmp_path / "own"), recipe, grade_token_ids=(), calibrations=own, metrics={})
+    own, folder = {"": Calibration(), "s": Calibration(bias=(9.0, 0.0, 0.0))}, str(tmp_path / "own")
+    save_labeller(tmp_path / "weights", folder, recipe, grade_token_ids=(), calibrations=own, metrics={})
+    csv.write_csv(pa.table({"query": ["red shoe"], "title": ["red shoe x"]}), tmp_path / "pairs.csv")
 
-    label_pairs.run(config_of(shop, str(tmp_path / "own")))
+    label_pairs.run(config_of(shop, folder))
+    files = {}
+    for dataset in ("", "s"):
+        inputs = label_file.Inputs(file=str(tmp_path / "pairs.csv"), labeller=folder, dataset=dataset)
+        out = str(tmp_path / "out.jsonl")
+        label_file.run(label_file.Config(lake=shop.root, out=out, inputs=inputs))
+        files[dataset] = read_back(tmp_path / "out.jsonl")[0]["p0"]
 
-    rows = ledger(shop).to_pylist()
-    assert {row["decoding"] for row in rows} == {"classify calibration=s"}
-    assert {row["grade"] for row in rows} == {0}
-    assert min(row["p0"] for row in rows) > 0.9
+    assert max(row["p0"] for row in ledger(shop).to_pylist()) < 0.9 < files["s"]
+    assert files[""] < 0.9
 
 
 def test_json_values_are_kept_as_they_came(tmp_path):

@@ -1,0 +1,1 @@
+"""Side-by-side measurements against peers; numbers with hardware and command are in results.md."""
