@@ -255,7 +255,7 @@ def _cosines(pairs: pa.Table, folder: str) -> NDArray[np.float64]:
 
 
 def _by_score(score_N: NDArray[np.float64], pairs: GradedPairs) -> NDArray[np.float64]:
-    """Probabilities that a score stands for by the calibration pairs, or, where there are none, by all of them."""
+    """Probabilities that a score stands for by the calibration pairs; without any, by the test pairs, in its favour."""
     fitted_N = ~pairs.is_test_N if not pairs.is_test_N.all() else pairs.is_test_N
     return score_probabilities(score_N[fitted_N], pairs.grade_N[fitted_N], score_N)
 
