@@ -351,7 +351,9 @@ def test_json_values_are_kept_as_they_came(tmp_path):
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    table = label_file.read_pairs(str(tmp_path / "pairs.jsonl"))
+    table, unread = label_file.read_pairs(str(tmp_path / "pairs.jsonl"))
+
+    assert unread == []
 
     assert table["day"].to_pylist() == ["2024-01-01", None]
     assert table["query"].to_pylist() == ["2024-01-01", "lamp"]
@@ -360,6 +362,46 @@ def test_json_values_are_kept_as_they_came(tmp_path):
     assert table["tags"].to_pylist() == [["a"], []]
     with pytest.raises(ConfigError, match="CSV cannot hold column 'tags'"):
         label_file.check_columns("out.csv", table)
+
+
+def test_rows_that_cannot_be_read_cost_themselves_alone_and_are_told_of(lake, labeller, tmp_path):
+    texts = {
+        "csv": [
+            "query,title,sku",
+            "red shoe,red shoe,1",
+            'lamp,"broken quote,2',
+            'sofa,"two\nlines",3',
+            "knife,one,too,many",
+            'pipe,5" pipe,4',
+            f"cup,{'x' * 100_000},5",
+            "hat,hat,6",
+        ],
+        "jsonl": [
+            '{"query": "red shoe", "title": "red shoe", "sku": "1"}',
+            '{"query": "lamp", "title": "broken',
+            "[1, 2]",
+            json.dumps({"query": "cup", "title": "x" * 100_000, "sku": "5"}),
+            '{"query": "hat", "title": "hat", "sku": "6"}',
+        ],
+    }
+    for kind, lines in texts.items():
+        source, out = tmp_path / f"pairs.{kind}", tmp_path / f"out.{kind}"
+        source.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        inputs = label_file.Inputs(file=str(source), labeller=labeller)
+
+        record = label_file.run(label_file.Config(lake=lake.root, out=str(out), inputs=inputs))
+
+        rows = read_back(out)
+        graded = [row["sku"] for row in rows if row["grade"] is not None]
+        assert graded == (["1", "3", "4", "6"] if kind == "csv" else ["1", "6"])
+        reasons = [row["reason"] for row in rows if row["grade"] is None]
+        assert len(reasons) == 3
+        assert "longer than 50000 characters" in reasons[0]
+        told = (
+            ("line 3 is no row", "line 6 is no row (4 fields") if kind == "csv" else ("line 2 is no JSON", "line 3 is")
+        )
+        assert all(start in reason for start, reason in zip(told, reasons[1:], strict=True))
+        assert record.counts == {"rows": len(rows), "labelled": len(graded), "rejected": 3}
 
 
 def test_a_file_without_a_title_ends_in_one_sentence(lake, labeller, tmp_path):
