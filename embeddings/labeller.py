@@ -24,6 +24,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from conf.load import ConfigError, meaning, settings, validate
+from embeddings.anchors import ANCHOR_FILE, write_anchors
 from embeddings.calibration import Calibration
 from embeddings.guideline import (
     Guideline,
@@ -235,8 +236,9 @@ def save_labeller(
     grade_token_ids: tuple[int, ...],
     calibrations: Mapping[str, Calibration],
     metrics: Mapping[str, float],
+    anchors: pa.Table | None = None,
 ) -> LabellerCard:
-    """Makes a labeller's folder of a Hugging Face folder: weights, tokenizer, card and guideline, all or nothing."""
+    """Makes a labeller's folder of a Hugging Face folder, card, guideline and anchors, all or nothing."""
     guideline = load_guideline(recipe.guideline)
     essentials: dict[str, Any] = {
         "kind": recipe.kind,
@@ -258,6 +260,8 @@ def save_labeller(
             shutil.copy(path, scratch / path.name)
         (scratch / GUIDELINE_FILE).write_text(guideline_source(recipe.guideline), encoding="utf-8")
         (scratch / CARD_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if anchors is not None:
+            write_anchors(scratch, anchors)
     return load_labeller_card(target)
 
 
@@ -290,7 +294,8 @@ def export_labeller(source: str, out: str) -> None:
         raise ConfigError(f"out={out}: is there already and is no labeller's folder; give another out=DIR")
     guideline = load_guideline(str(Path(source, GUIDELINE_FILE)))
     with atomic_folder(str(target.absolute())) as scratch:
-        shutil.copytree(source, scratch, dirs_exist_ok=True)
+        # anchors are texts of the lake's shops
+        shutil.copytree(source, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns(ANCHOR_FILE))
         (scratch / "guideline.md").write_text(render_markdown(guideline), encoding="utf-8")
         (scratch / "README.md").write_text(_readme(card), encoding="utf-8")
 

@@ -6,15 +6,17 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from conf.load import meaning, settings
+from embeddings.anchors import AnchorRecipe, drift_sentence, measure_drift, read_anchors
 from embeddings.labeller import LabellerCard, load_labeller_card
 from jobs import job, labelling
 from lake import tables
@@ -24,6 +26,9 @@ from lake.schemas import CANDIDATE_PAIR, PAIR_GRADE, QUARANTINE, SOURCES, Candid
 from ray_apps.placements import LabelPlacement
 
 log = logging.getLogger(__name__)
+
+ANCHOR = "anchor-"
+"""Before the number of an anchor, where its address would stand."""
 
 
 @settings
@@ -44,6 +49,9 @@ class LabelRecipe:
         tuple[CandidateSource, ...], meaning("sources of the candidates that are graded", min_length=1)
     ] = SOURCES
 
+    anchors: Annotated[AnchorRecipe, meaning("when the answers to the labeller's anchors stop the run")] = (
+        AnchorRecipe()
+    )
     max_rejected_fraction: Annotated[
         float, meaning("share of answers without a distribution past which the run fails", ge=0, le=1)
     ] = 0.01
@@ -80,11 +88,8 @@ def run(config: Config) -> RunRecord:
     log.info("label_pairs: %d texts to grade, %s", len(waiting), counts)
     labelled = rejected = 0
     if len(waiting):
-        from ray_apps.label import label_pairs
-
         run_folder = current.lake.path("runs", current.fingerprint)
-        # without their data set: people did not choose these pairs, so its judged pairs' class rates are not theirs
-        for answers in label_pairs(waiting.drop_columns("dataset"), folder, config.placement):
+        for answers in checked_answers(waiting, folder, config):
             part = answers.join(waiting, "address", join_type="inner")
             good = pc.is_finite(part["p0"])
             labelled += append(current, card, part.filter(good))
@@ -102,6 +107,56 @@ def run(config: Config) -> RunRecord:
     return current.finish(
         rows=labelled, outputs={"pair_grade": tables.version(current.lake, PAIR_GRADE) or 0}, counts=counts
     )
+
+
+def checked_answers(waiting: pa.Table, folder: str, config: Config) -> Iterator[pa.Table]:
+    """Answers to the pairs, part by part, held back until those to the labeller's anchors have been found in order.
+
+    Raises:
+        GateError: the labeller answers otherwise than when it was tuned.
+    """
+    from ray_apps.label import label_pairs
+
+    # without their data set: people did not choose these pairs, so its judged pairs' class rates are not theirs
+    asked = waiting.select(["address", "query", *labelling.TEXTS])
+    anchors = read_anchors(folder)
+    if anchors is None:
+        yield from label_pairs(asked, folder, config.placement)
+        return
+    names = [f"{ANCHOR}{row:04d}" for row in range(len(anchors))]
+    first = anchors.append_column("address", pa.array(names, pa.string()))
+    answer_N3, held, num_missing = np.full((len(anchors), 3), np.nan), [], len(anchors)
+    for part in label_pairs(asked, folder, config.placement, first):
+        is_anchor = pc.starts_with(part["address"], ANCHOR)
+        own, part = part.filter(is_anchor), part.filter(pc.invert(is_anchor))
+        if len(own):
+            rows = [int(name.removeprefix(ANCHOR)) for name in own["address"].to_pylist()]
+            answer_N3[rows] = np.stack([own[f"p{grade}"].to_numpy() for grade in range(3)], axis=1)
+            num_missing -= len(own)
+            if not num_missing:
+                check_anchors(anchors, answer_N3, config)
+        if len(part):
+            held.append(part)
+        if not num_missing:
+            yield from held
+            held.clear()
+    if num_missing:
+        raise ValueError(f"label_pairs: {num_missing} of {len(anchors)} anchors got no answer; nothing was written")
+
+
+def check_anchors(anchors: pa.Table, answer_N3: NDArray[np.floating], config: Config) -> None:
+    """Stops before anything is published where the answers to the anchors are not those at tuning.
+
+    Raises:
+        GateError: they are further away than the recipe allows.
+    """
+    drift = measure_drift(anchors, answer_N3)
+    log.info("label_pairs: %d anchors, largest change of a probability %.2g", len(anchors), drift.largest_change)
+    if wrong := drift_sentence(drift, config.recipe.anchors):
+        raise job.GateError(
+            f"label_pairs: on its {len(anchors)} anchors the labeller answers otherwise than at tuning: {wrong}; "
+            "nothing was written; see what changed in the engine, or tune the labeller again"
+        )
 
 
 def with_addresses(pairs: pa.Table, card: LabellerCard) -> pa.Table:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from conf.load import settings
+from embeddings.anchors import choose_anchors
 from embeddings.calibration import calibrate, fit_calibrations
 from embeddings.guideline import ProductFields, labeller_product_text
 from embeddings.labeller import LabellerCard, LabellerRecipe, save_labeller
@@ -85,6 +86,7 @@ def run(config: Config) -> RunRecord:
         grade_token_ids=tuned.grade_token_ids,
         calibrations=calibrations,
         metrics=metrics,
+        anchors=choose_anchors(human.take(fitted), calibrations[""](probability_N3[fitted])) if len(fitted) else None,
     )
     # the speed is no property of the labeller: equal labellers have equal folders
     metrics["pairs_per_sec"] = tuned.pairs_per_sec

@@ -56,7 +56,9 @@ def chosen_engine(placement: LabelPlacement, num_pairs: int) -> Literal["vllm", 
     return placement.engine
 
 
-def label_pairs(pairs: pa.Table, folder: str, placement: LabelPlacement) -> Iterator[pa.Table]:
+def label_pairs(
+    pairs: pa.Table, folder: str, placement: LabelPlacement, first: pa.Table | None = None
+) -> Iterator[pa.Table]:
     """Calibrated probabilities of pairs, part by part as they come, in any order.
 
     Args:
@@ -64,21 +66,24 @@ def label_pairs(pairs: pa.Table, folder: str, placement: LabelPlacement) -> Iter
             category, description, attributes.
         folder: of the labeller.
         placement: engine and portions.
+        first: pairs with the same columns that are asked before all others.
 
     Yields:
         Columns address, p0, p1, p2; all nan where the answer was no distribution.
     """
     card, started, done = load_labeller_card(folder), time.monotonic(), 0
-    if "dataset" not in pairs.column_names:
-        pairs = pairs.append_column("dataset", pa.array([""] * len(pairs), pa.string()))
     # equal queries side by side: a generative engine reads their common beginning once
     ordered = pairs.sort_by([("query", "ascending"), ("address", "ascending")])
-    answers = _vllm_answers if chosen_engine(placement, len(pairs)) == "vllm" else _torch_answers
+    if first is not None:
+        ordered = pa.concat_tables([first.select(ordered.column_names), ordered])
+    if "dataset" not in ordered.column_names:
+        ordered = ordered.append_column("dataset", pa.array([""] * len(ordered), pa.string()))
+    answers = _vllm_answers if chosen_engine(placement, len(ordered)) == "vllm" else _torch_answers
     for keys, probability_N3 in answers(ordered, folder, card, placement):
         probability_N3[violations(probability_N3)] = np.nan
         calibrated_N3 = calibrate(card.calibrations, keys["dataset"].to_pylist(), probability_N3)
         done += len(keys)
-        log.info("labelled %d of %d pairs, %.0f s", done, len(pairs), time.monotonic() - started)
+        log.info("labelled %d of %d pairs, %.0f s", done, len(ordered), time.monotonic() - started)
         columns = {f"p{grade}": calibrated_N3[:, grade] for grade in range(3)}
         yield pa.table({"address": keys["address"], **columns})
 

@@ -11,13 +11,15 @@ from pyarrow import csv, parquet
 
 import ray_apps.label
 from conf.load import ConfigError, load_job
+from embeddings.anchors import ANCHOR_TEXTS, choose_anchors
 from embeddings.calibration import Calibration
 from embeddings.guideline import load_guideline
 from embeddings.injections import ATTACKS
 from embeddings.labeller import LabellerRecipe, PairEncoder, load_labeller_card, save_labeller
 from embeddings.labeller_evaluation import JudgeRecipe
-from embeddings.labeller_model import build_labeller, save_weights
+from embeddings.labeller_model import build_labeller, load_labeller, plain_probabilities, save_weights
 from jobs import evaluate_labeller, label_file, label_pairs, tune_labeller
+from jobs.job import GateError
 from lake import tables
 from lake.schemas import (
     ANNOTATION_CONSENSUS,
@@ -193,6 +195,49 @@ def test_a_run_that_goes_on_meets_no_stricter_gate(shop, labeller, monkeypatch):
     config = dataclasses.replace(config_of(shop, labeller), recipe=label_pairs.LabelRecipe(max_rejected_fraction=0.05))
     for _ in range(2):  # 1 of 54, and then again that one, which alone is asked
         assert label_pairs.run(config).counts["rejected"] == 1
+
+
+def with_anchors(shop, tmp_path, turn):
+    """A labeller whose anchors hold its own answers, turned by some grades."""
+    recipe = LabellerRecipe(model=str(tmp_path / "model"), max_tokens=32)
+    titles = [f"{colour} {kind} x" for colour in ("red", "blue", "green") for kind in ("shoe", "lamp", "knife", "hat")]
+    texts = {name: pa.nulls(len(titles), pa.string()) for name in ANCHOR_TEXTS} | {"query": pa.array(titles[::-1])}
+    texts |= {"title": pa.array(titles), "grade": pa.array([0, 1, 2] * 4, pa.int8())}
+    hashes = {name: pa.array([hash_of(title) for title in titles]) for name in ("query_hash", "product_hash")}
+    pairs = pa.table(texts | hashes)
+    answer_N3 = plain_probabilities(*as_labelled(str(tmp_path / "labeller"), pairs))
+    folder = str(tmp_path / f"turned-{turn}")
+    anchors = choose_anchors(pairs, np.roll(answer_N3, turn, axis=1))
+    save_labeller(
+        tmp_path / "weights", folder, recipe, grade_token_ids=(), calibrations={}, metrics={}, anchors=anchors
+    )
+    return folder
+
+
+def as_labelled(folder, pairs):
+    model, encoder = load_labeller(folder)
+    return model, encoder.encode_rows(pairs)
+
+
+def test_anchors_are_graded_first_and_a_labeller_that_answers_otherwise_writes_nothing(shop, labeller, tmp_path):
+    with pytest.raises(GateError, match=r"on its 12 anchors .* a grade's share moved by"):
+        label_pairs.run(config_of(shop, with_anchors(shop, tmp_path, 1)))
+    assert not tables.exists(shop, PAIR_GRADE)
+
+    record = label_pairs.run(config_of(shop, with_anchors(shop, tmp_path, 0)))
+
+    assert record.counts["labelled"] == 54
+    assert len(ledger(shop)) == 54
+
+
+def test_without_answers_to_the_anchors_nothing_is_written(shop, labeller, tmp_path, monkeypatch):
+    real = ray_apps.label.label_pairs
+    monkeypatch.setattr(
+        ray_apps.label, "label_pairs", lambda pairs, folder, placement, first: real(pairs, folder, placement)
+    )
+    with pytest.raises(ValueError, match="12 of 12 anchors got no answer"):
+        label_pairs.run(config_of(shop, with_anchors(shop, tmp_path, 0)))
+    assert not tables.exists(shop, PAIR_GRADE)
 
 
 def test_only_candidates_of_the_sources_are_graded(shop, labeller):
