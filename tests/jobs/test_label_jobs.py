@@ -11,11 +11,11 @@ from pyarrow import csv, parquet
 
 import ray_apps.label
 from conf.load import ConfigError, load_job
-from embeddings.anchors import ANCHOR_TEXTS, choose_anchors
+from embeddings.anchors import ANCHOR_TEXTS, choose_anchors, read_anchors
 from embeddings.calibration import Calibration
 from embeddings.guideline import load_guideline
 from embeddings.injections import ATTACKS
-from embeddings.labeller import LabellerRecipe, PairEncoder, load_labeller_card, save_labeller
+from embeddings.labeller import LabellerRecipe, PairEncoder, export_labeller, load_labeller_card, save_labeller
 from embeddings.labeller_evaluation import JudgeRecipe
 from embeddings.labeller_model import build_labeller, load_labeller, plain_probabilities, save_weights
 from jobs import evaluate_labeller, label_file, label_pairs, tune_labeller
@@ -232,9 +232,7 @@ def test_anchors_are_graded_first_and_a_labeller_that_answers_otherwise_writes_n
 
 def test_without_answers_to_the_anchors_nothing_is_written(shop, labeller, tmp_path, monkeypatch):
     real = ray_apps.label.label_pairs
-    monkeypatch.setattr(
-        ray_apps.label, "label_pairs", lambda pairs, folder, placement, first: real(pairs, folder, placement)
-    )
+    monkeypatch.setattr(ray_apps.label, "label_pairs", lambda *given: real(*given[:3]))
     with pytest.raises(ValueError, match="12 of 12 anchors got no answer"):
         label_pairs.run(config_of(shop, with_anchors(shop, tmp_path, 0)))
     assert not tables.exists(shop, PAIR_GRADE)
@@ -275,7 +273,10 @@ def test_the_labeller_is_tuned_measured_and_kept(shop, tmp_path):
         for name in ("accuracy", "within_1", "quadratic_weighted_kappa"):
             assert -1 <= record.metrics[f"{prefix}{name}"] <= 1
     folder = shop.path(record.outputs["labeller"])
+    assert len(read_anchors(folder)) == 8
     assert label_pairs.run(config_of(shop, folder)).counts["labelled"] == 54
+    export_labeller(folder, str(tmp_path / "exported"))
+    assert read_anchors(tmp_path / "exported") is None
     rows = tables.rows(shop, LABELLER_OOF).to_pylist()
     assert len(rows) == 48
     assert {row["labeller"] for row in rows} == {load_labeller_card(folder).fingerprint}
