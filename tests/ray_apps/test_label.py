@@ -66,18 +66,21 @@ def test_the_engine_gives_the_probabilities_of_plain_torch(tmp_path, kind):
     np.testing.assert_allclose(total, 1, atol=1e-9)
 
 
+KEY = {"address": "a", "dataset": "d"}
+
+
 def test_an_answer_without_every_grade_is_no_answer():
     def logprob(value):
         return {"logprob": math.log(value)}
 
-    whole = _answer({"address": "a", "logprobs": [{5: logprob(0.2), 6: logprob(0.3), 7: logprob(0.5)}]}, (5, 6, 7))
+    whole = _answer(KEY | {"logprobs": [{5: logprob(0.2), 6: logprob(0.3), 7: logprob(0.5)}]}, (5, 6, 7))
     assert whole["probability"] == pytest.approx([0.2, 0.3, 0.5])
-    short = _answer({"address": "a", "logprobs": [{5: logprob(0.2), 6: logprob(0.8)}]}, (5, 6, 7))
+    short = _answer(KEY | {"logprobs": [{5: logprob(0.2), 6: logprob(0.8)}]}, (5, 6, 7))
     assert np.isnan(short["probability"]).any()
     for row in ({"logprobs": None}, {"logprobs": []}):
-        assert np.isnan(_answer({"address": "a"} | row, (5, 6, 7))["probability"]).all()
+        assert np.isnan(_answer(KEY | row, (5, 6, 7))["probability"]).all()
     for values in (None, np.array([0.5, 0.5])):
-        assert np.isnan(_answer({"address": "a", "embeddings": values}, ())["probability"]).all()
+        assert np.isnan(_answer(KEY | {"embeddings": values}, ())["probability"]).all()
 
 
 def test_auto_takes_the_engine_where_its_start_pays():

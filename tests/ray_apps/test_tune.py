@@ -63,8 +63,8 @@ def test_a_run_that_goes_on_from_its_checkpoint_ends_like_an_unbroken_one(tmp_pa
 
     np.testing.assert_allclose(resumed.probability_N3, whole.probability_N3, atol=1e-6)
     assert resumed.best_epoch == whole.best_epoch
-    assert np.isnan(whole.probability_N3[:32]).all()
-    np.testing.assert_allclose(whole.probability_N3[32:].sum(axis=1), 1, atol=1e-5)
+    assert np.isnan(whole.probability_N3[:24]).all()
+    np.testing.assert_allclose(whole.probability_N3[24:].sum(axis=1), 1, atol=1e-5)
 
 
 def test_a_snapshot_cut_off_in_writing_is_removed_and_the_newest_whole_checkpoint_taken(tmp_path):

@@ -6,7 +6,9 @@ import pytest
 
 from spark_etl.instances import build_instances
 from spark_etl.recipes import InstancesRecipe
+from tests.fakes import shares
 
+SHARES = "at_least_1 double, at_least_2 double"
 PAIR = "dataset string, query_id string, product_id string"
 LEDGER = "address string, query_hash string, product_hash string, grade tinyint, p0 double, p1 double, p2 double"
 LEDGER += ", labeller string, created_at timestamp"
@@ -33,8 +35,8 @@ def tables_of(spark, *, consensus, verdicts=(), candidates=(), ledger=(), mined=
         ),
         "catalog_product": spark.createDataFrame(products, "dataset string, product_id string, product_hash string"),
         "annotation_consensus": spark.createDataFrame(
-            [("d", q, p, grade, 1, 1.0, judge) for q, p, grade, judge in consensus],
-            f"{PAIR}, grade tinyint, num_marks int, agreement double, judge string",
+            [("d", q, p, grade, 1, 1.0, *shares(grade).values(), judge) for q, p, grade, judge in consensus],
+            f"{PAIR}, grade tinyint, num_marks int, agreement double, {SHARES}, judge string",
         ),
         "audit_verdict": spark.createDataFrame(
             [("d", q, p, grade, "eva", datetime(2026, 1, 1, tzinfo=UTC), None) for q, p, grade in verdicts],
