@@ -77,7 +77,9 @@ def run(config: Config) -> RunRecord:
     metrics: dict[str, float] = {"best_epoch": tuned.best_epoch}
     if (test_N := split_N == "test").any():
         calibrated_N3 = calibrate(calibrations, datasets, probability_N3)
-        metrics |= labeller_metrics(calibrated_N3[test_N], grade_N[test_N]) | baselines(human, recipe)
+        metrics |= labeller_metrics(calibrated_N3[test_N], grade_N[test_N])
+        # the three numbers of the report are those of the grades that the ledger will hold: a temperature changes none
+        metrics |= agreement("", grade_N[test_N], probability_N3[test_N].argmax(axis=1)) | baselines(human, recipe)
     folder = f"models/labeller/{current.fingerprint}"
     card = save_labeller(
         tuned.weights,
