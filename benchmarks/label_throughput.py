@@ -24,7 +24,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +83,20 @@ def untuned(folder: Path, recipe: LabellerRecipe) -> str:
     return str(folder / "labeller")
 
 
-def time_ours(pairs: pa.Table, folder: str, engine: str) -> Timed:
+def time_ours(pairs: pa.Table, folder: str) -> Timed:
     """From the first part of answers to the last: the engine's start is apart."""
     placement = LabelPlacement(
-        engine=engine, part_rows=64, batch_rows=64, threads_per_engine=THREADS, kv_cache_gib=KV_CACHE_GIB
-    )  # type: ignore[arg-type]
-    done, began = 0, time.monotonic()
-    for number, part in enumerate(label_pairs(pairs, folder, placement)):
-        if number == 0 and engine == "vllm":
-            began = time.monotonic()
-        else:
-            done += len(part)
+        engine="vllm", part_rows=64, batch_rows=64, threads_per_engine=THREADS, kv_cache_gib=KV_CACHE_GIB
+    )
+    parts = label_pairs(pairs, folder, placement)
+    next(parts)
+    return time_parts(parts)
+
+
+def time_parts(parts: Iterator[pa.Table]) -> Timed:
+    """Pairs of the parts that are still to come, and what they take."""
+    began = time.monotonic()
+    done = sum(map(len, parts))
     return done, time.monotonic() - began
 
 
@@ -132,11 +135,7 @@ class VllmPeers:
             max_tokens=1, temperature=0.0, logprobs=3, allowed_token_ids=allowed, detokenize=False
         )
         self.engine.generate(prompts[:4], sampling, use_tqdm=False)
-        began = time.monotonic()
-        answers = self.engine.generate(prompts, sampling, use_tqdm=False)
-        seconds = time.monotonic() - began
-        self._count("bare_vllm", answers)
-        return len(prompts), seconds
+        return self._timed("bare_vllm", lambda: self.engine.generate(prompts, sampling, use_tqdm=False))
 
     def chat_json(self, pairs: pa.Table) -> Timed:
         """The naive way: guideline and pair as a chat message, the answer as JSON."""
@@ -150,18 +149,19 @@ class VllmPeers:
         ]
         sampling = SamplingParams(max_tokens=MAX_JSON_TOKENS, temperature=0.0)
         self.engine.chat(messages[:2], sampling, use_tqdm=False)
-        began = time.monotonic()
-        answers = self.engine.chat(messages, sampling, use_tqdm=False)
-        seconds = time.monotonic() - began
-        self._count("vllm_chat_json", answers)
-        return len(messages), seconds
+        return self._timed("vllm_chat_json", lambda: self.engine.chat(messages, sampling, use_tqdm=False))
 
-    def _count(self, name: str, answers: Sequence[Any]) -> None:
+    def _timed(self, name: str, ask: Callable[[], Sequence[Any]]) -> Timed:
+        """Times all questions at once, and keeps how many tokens they took."""
+        began = time.monotonic()
+        answers = ask()
+        seconds = time.monotonic() - began
         prompt = sum(len(answer.prompt_token_ids) for answer in answers)
         cached = sum(answer.num_cached_tokens or 0 for answer in answers)
         new = sum(len(output.token_ids) for answer in answers for output in answer.outputs)
         self.cached[f"{name}_tokens_per_pair"] = round((prompt - cached + new) / len(answers), 1)
         self.cached[f"{name}_prefix_hit_rate"] = round(cached / prompt, 3)
+        return len(answers), seconds
 
 
 def product_texts(pairs: pa.Table, recipe: LabellerRecipe) -> list[str]:
@@ -176,6 +176,8 @@ def time_hf_generate(pairs: pa.Table, folder: str, recipe: LabellerRecipe) -> Ti
     """Our prompt, one new token, batches in the order of the file."""
     import torch
     from transformers import AutoModelForCausalLM
+
+    from embeddings.labeller_model import padded
 
     encoder = PairEncoder(folder, recipe, load_guideline(recipe.guideline))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -211,19 +213,6 @@ def time_hf_classifier(pairs: pa.Table, folder: str, recipe: LabellerRecipe) -> 
     return len(queries), time.monotonic() - began
 
 
-def padded(tokens: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Any, Any]:
-    """Token ids and mask as tensors."""
-    import torch
-
-    length = max(map(len, tokens))
-    ids = torch.full((len(tokens), length), pad_id)
-    mask = torch.zeros((len(tokens), length), dtype=torch.long)
-    for row, own in enumerate(tokens):
-        span = slice(length - len(own), length) if left else slice(0, len(own))
-        ids[row, span], mask[row, span] = torch.tensor(own), 1
-    return ids, mask
-
-
 def compare_generative(models: Path, esci: Path, counts: dict[str, int], rounds: int, scratch: Path) -> dict[str, Any]:
     """Pairs per second of ours and its three peers."""
     recipe = LabellerRecipe(kind="generative", model=str(models / "smollm2-135m"), max_tokens=1536)
@@ -234,7 +223,7 @@ def compare_generative(models: Path, esci: Path, counts: dict[str, int], rounds:
         "vllm_chat_json": peers.chat_json,
         "bare_vllm": peers.bare,
         "hf_generate": lambda few: time_hf_generate(few, folder, recipe),
-        "ours": lambda few: time_ours(few, folder, "vllm"),
+        "ours": lambda few: time_ours(few, folder),
     }
     rates = run_rounds(contestants, pairs, counts, rounds)
     return {"pairs_per_sec": rates, "tokens": peers.cached}
@@ -247,17 +236,9 @@ def compare_classifier(esci: Path, counts: dict[str, int], rounds: int, scratch:
     pairs = esci_pairs(esci, counts["classifier"])
     contestants: dict[str, Callable[[pa.Table], Timed]] = {
         "hf_classifier_unsorted": lambda few: time_hf_classifier(few, folder, recipe),
-        "ours": lambda few: time_ours_classifier(few, folder),
+        "ours": lambda few: time_parts(label_pairs(few, folder, LabelPlacement(engine="torch"))),
     }
     return run_rounds(contestants, pairs, dict.fromkeys(contestants, counts["classifier"]), rounds)
-
-
-def time_ours_classifier(pairs: pa.Table, folder: str) -> Timed:
-    """The torch engine of `assay label`, its tokenizer included."""
-    placement = LabelPlacement(engine="torch")
-    began = time.monotonic()
-    done = sum(len(part) for part in label_pairs(pairs, folder, placement))
-    return done, time.monotonic() - began
 
 
 def run_rounds(

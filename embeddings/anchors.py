@@ -19,12 +19,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from conf.load import meaning, settings
+from embeddings.calibration import PROBABILITIES, probabilities_of
+from embeddings.guideline import ProductFields
 from embeddings.metrics import labeller_agreement
 
 ANCHOR_FILE: Final = "anchors.parquet"
 NUM_ANCHORS: Final = 256
-ANCHOR_TEXTS: Final = ("query", "title", "brand", "category", "description", "attributes")
-PROBABILITIES: Final = ("p0", "p1", "p2")
+ANCHOR_TEXTS: Final = ("query", *ProductFields._fields)
 
 
 @settings
@@ -85,7 +86,7 @@ def read_anchors(folder: str | Path) -> pa.Table | None:
 
 def measure_drift(anchors: pa.Table, answer_N3: NDArray[np.floating]) -> Drift:
     """How the answers differ from those at tuning; an answer that is no distribution counts as a change of 1."""
-    before_N3 = np.stack([anchors[name].to_numpy() for name in PROBABILITIES], axis=1)
+    before_N3 = probabilities_of(anchors)
     grade_N, answer_N3 = anchors["grade"].to_numpy(), np.where(np.isfinite(answer_N3), answer_N3, 0.0)
     rates, kappas = [], []
     for given_N3 in (before_N3, answer_N3):

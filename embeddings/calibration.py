@@ -18,10 +18,13 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Final
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from conf.load import meaning, settings
 
+PROBABILITIES: Final = ("p0", "p1", "p2")
+"""Columns of the calibrated probabilities of grades 0, 1 and 2, wherever rows have them."""
 PAIRS_FOR_CURVES: Final = 1000
 """Calibration pairs from which on the boundaries get curves; below, the curves would fit chance."""
 PAIRS_FOR_OWN_CALIBRATION: Final = 200
@@ -54,19 +57,20 @@ class Calibration:
         return np.stack([1 - relevant_N, relevant_N * (1 - exact_N), relevant_N * exact_N], axis=1)
 
 
-def calibration_of(calibrations: Mapping[str, Calibration], dataset: str) -> Calibration:
-    """That of a data set's judged pairs, else that of any other pairs, ''."""
-    return calibrations.get(dataset) or calibrations.get("", Calibration())
+def probabilities_of(rows: pa.Table) -> NDArray[np.float64]:
+    """The columns p0, p1 and p2 as one array, [N, 3]."""
+    return np.stack([rows[name].to_numpy() for name in PROBABILITIES], axis=1)
 
 
 def calibrate(
     calibrations: Mapping[str, Calibration], datasets: Sequence[str], probability_N3: NDArray[np.floating]
 ) -> NDArray[np.float64]:
-    """Calibrated probabilities, [N, 3], each pair's by its data set; nan stays nan."""
+    """Calibrated probabilities, [N, 3]: by its data set's calibration, or by that of any other pairs; nan stays nan."""
     calibrated_N3, dataset_N = np.empty(probability_N3.shape), np.array(datasets, dtype=object)
     for dataset in sorted(set(datasets)):
         rows = dataset_N == dataset
-        calibrated_N3[rows] = calibration_of(calibrations, dataset)(probability_N3[rows])
+        chosen = calibrations.get(dataset) or calibrations.get("", Calibration())
+        calibrated_N3[rows] = chosen(probability_N3[rows])
     return calibrated_N3
 
 

@@ -127,7 +127,7 @@ class LabellerCard:
         return "classify" if self.kind == "classifier" else "generate max_tokens=1 allowed=0,1,2 temperature=0"
 
     def address(self, query_hash: str, product_hash: str) -> str:
-        """Content address of the grade that this labeller gives a pair of texts that nobody has judged."""
+        """Content address of the grade that this labeller gives a pair of texts."""
         parts = (self.guideline, self.prompt, self.fingerprint, self.decoding, query_hash, product_hash)
         return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
 

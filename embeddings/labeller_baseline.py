@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
 
-from embeddings.encoder import EncoderRecipe, build_pretrained, encode
+from embeddings.encoder import encode
 from embeddings.metrics import labeller_agreement
 
 NUM_QUANTILES = 40
@@ -19,9 +20,8 @@ def majority_grades(train_grade_N: NDArray[np.integer], num_pairs: int) -> NDArr
     return np.full(num_pairs, np.bincount(train_grade_N, minlength=3).argmax())
 
 
-def pair_cosines(queries: list[str], products: list[str], model: str) -> NDArray[np.float32]:
-    """Cosine of each query and product text under the pretrained encoder."""
-    encoder = build_pretrained(EncoderRecipe(model=model))
+def pair_cosines(queries: list[str], products: list[str], encoder: SentenceTransformer) -> NDArray[np.float32]:
+    """Cosine of each query and product text under the encoder."""
     query_ND, product_ND = encode(encoder, queries, "query"), encode(encoder, products, "document")
     return np.asarray((query_ND * product_ND).sum(axis=1))
 

@@ -55,6 +55,18 @@ MAX_BATCH_TOKENS = 4096
 """Tokens of a batch when only probabilities are wanted, padding included."""
 
 
+def padded(pairs: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of pairs, [N, L] each, filled up on one side."""
+    length = max(map(len, pairs))
+    ids_NL = torch.full((len(pairs), length), pad_id)
+    mask_NL = torch.zeros((len(pairs), length), dtype=torch.long)
+    for row, pair in enumerate(pairs):
+        span = slice(length - len(pair), length) if left else slice(0, len(pair))
+        ids_NL[row, span] = torch.tensor(pair)
+        mask_NL[row, span] = 1
+    return ids_NL, mask_NL
+
+
 class GradeModel(nn.Module):
     """Token ids of pairs to three logits each, float32.
 
@@ -70,14 +82,9 @@ class GradeModel(nn.Module):
     def forward(self, pairs: Sequence[Sequence[int]]) -> Tensor:
         """Logits [N, 3]; a generative labeller's are those of its grade tokens, as an engine's mask leaves them."""
         place = next(self.backbone.parameters()).device
-        length, left = max(map(len, pairs)), bool(self.grade_token_ids)
-        ids_NL = torch.full((len(pairs), length), self.pad_id)
-        mask_NL = torch.zeros((len(pairs), length), dtype=torch.long)
-        for row, pair in enumerate(pairs):
-            # a causal LM is read at its last place, which is everyone's with padding on the left
-            span = slice(length - len(pair), length) if left else slice(0, len(pair))
-            ids_NL[row, span] = torch.tensor(pair)
-            mask_NL[row, span] = 1
+        # a causal LM is read at its last place, which is everyone's with padding on the left
+        left = bool(self.grade_token_ids)
+        ids_NL, mask_NL = padded(pairs, self.pad_id, left=left)
         inputs = {"input_ids": ids_NL.to(place), "attention_mask": mask_NL.to(place)}
         if not left:
             return self.backbone(**inputs).logits.float()  # type: ignore[no-any-return]

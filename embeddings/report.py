@@ -82,20 +82,21 @@ def reliability_plot(caption: str, points: Sequence[tuple[float, float, int]]) -
     """
     inner_width, inner_height = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN
 
-    def place(x: float, y: float) -> str:
-        return f"{MARGIN + inner_width * x:.1f},{MARGIN + inner_height * (1 - y):.1f}"
+    def place(x: float, y: float) -> tuple[str, str]:
+        return f"{MARGIN + inner_width * x:.1f}", f"{MARGIN + inner_height * (1 - y):.1f}"
 
+    places = [place(sure, right) for sure, right, _ in points]
     dots = "".join(
-        f"<circle cx='{place(sure, right).split(',')[0]}' cy='{place(sure, right).split(',')[1]}' r='4' "
-        f"fill='#2f7d4f'><title>{pairs:,} pairs: sure {sure:.2f}, right {right:.2f}</title></circle>"
-        for sure, right, pairs in points
+        f"<circle cx='{x}' cy='{y}' r='4' fill='{GRADE_COLOURS[2]}'>"
+        f"<title>{pairs:,} pairs: sure {sure:.2f}, right {right:.2f}</title></circle>"
+        for (x, y), (sure, right, pairs) in zip(places, points, strict=True)
     )
-    line = " ".join(place(sure, right) for sure, right, _ in points)
+    line, diagonal = (" ".join(map(",".join, corners)) for corners in (places, (place(0, 0), place(1, 1))))
     return (
         f"<figure><figcaption>{escape(caption)}</figcaption><svg width='{WIDTH}' height='{HEIGHT}' font-size='11' "
         f"role='img' aria-label='{escape(caption)}: share right by certainty'>{_axis(0.0, 1.0, inner_height)}"
-        f"<polyline points='{place(0, 0)} {place(1, 1)}' stroke='#b9c0c8' stroke-dasharray='4'/>"
-        f"<polyline points='{line}' fill='none' stroke='#2f7d4f'/>{dots}"
+        f"<polyline points='{diagonal}' stroke='#b9c0c8' stroke-dasharray='4'/>"
+        f"<polyline points='{line}' fill='none' stroke='{GRADE_COLOURS[2]}'/>{dots}"
         f"<text x='{WIDTH / 2:.0f}' y='{HEIGHT - 8}' text-anchor='middle'>certainty</text></svg></figure>"
     )
 

@@ -40,7 +40,6 @@ from ray_apps.placements import LabelPlacement
 
 log = logging.getLogger(__name__)
 
-GRADED = ["grade", "at_least_1", "at_least_2"]
 MEASURED_SPLITS = ("calibration", "test")
 
 
@@ -92,7 +91,7 @@ def run(config: Config) -> RunRecord:
     config = _with_folders(config)
     current = job.begin(config, "evaluate_labeller")
     labellers, encoders = _named(current, config.inputs)
-    consensus = labelling.read(current, ANNOTATION_CONSENSUS, [*labelling.PAIR, *GRADED])
+    consensus = labelling.read(current, ANNOTATION_CONSENSUS, [*labelling.PAIR, *labelling.GRADED])
     pairs = labelling.with_texts(current, consensus)
     train = pairs.filter(pc.equal(pairs["split"], "train"))
     train_grades = {dataset: train["grade"].to_numpy()[rows] for dataset, rows in _rows_by_dataset(train).items()}
@@ -178,6 +177,11 @@ def _rows_by_dataset(pairs: pa.Table) -> dict[str, NDArray[np.int64]]:
     return {dataset: np.flatnonzero(dataset_N == dataset) for dataset in sorted(set(dataset_N))}
 
 
+def _query_numbers(pairs: pa.Table) -> NDArray[np.int64]:
+    """An integer per pair of one data set, equal for pairs of one query."""
+    return np.unique(pairs["query_id"].to_numpy(), return_inverse=True)[1].astype(np.int64)
+
+
 def _graded_pairs(pairs: pa.Table) -> dict[str, GradedPairs]:
     """Data set -> its pairs, in their order."""
     graded = {}
@@ -187,7 +191,7 @@ def _graded_pairs(pairs: pa.Table) -> dict[str, GradedPairs]:
         graded[dataset] = GradedPairs(
             grade_N=part["grade"].to_numpy(),
             value_N=part["at_least_1"].to_numpy() + part["at_least_2"].to_numpy(),
-            query_N=np.unique(part["query_id"].to_numpy(), return_inverse=True)[1].astype(np.int64),
+            query_N=_query_numbers(part),
             is_test_N=part["split"].to_numpy() == "test",
             slices=slices_of_pairs(queries, titles, categories),
         )
@@ -200,13 +204,7 @@ def _labeller_probabilities(pairs: pa.Table, folder: str, config: Config) -> NDA
     Raises:
         ValueError: the labeller gave a pair no distribution.
     """
-    from ray_apps.label import label_pairs
-
-    asked = pairs.append_column("address", pa.array([f"{row:012d}" for row in range(len(pairs))]))
-    probability_N3 = np.full((len(pairs), 3), np.nan)
-    for part in label_pairs(asked, folder, config.placement.label):
-        places = [int(address) for address in part["address"].to_pylist()]
-        probability_N3[places] = np.stack([part[f"p{grade}"].to_numpy() for grade in range(3)], axis=1)
+    probability_N3 = labelling.graded_in_order(pairs, folder, config.placement.label)
     if lost := int(np.isnan(probability_N3).any(axis=1).sum()):
         raise ValueError(f"{folder}: gave {lost} of {len(pairs)} pairs no distribution over the grades; tune it again")
     return probability_N3
@@ -232,16 +230,16 @@ def _injected(pairs: pa.Table, folder: str, config: Config) -> Shifts:
     ]
     answer_N3 = _labeller_probabilities(pa.concat_tables(tables_of), folder, config)
     control_N3, *attacked = np.split(answer_N3, len(additions))
-    query_N = np.unique(asked["query_id"].to_numpy(), return_inverse=True)[1].astype(np.int64)
     drawn = {"resamples": config.recipe.judges.resamples, "seed": config.recipe.judges.seed}
     return {
-        name: (injections.measure_shift(control_N3, one_N3, query_N, **drawn), count)
+        name: (injections.measure_shift(control_N3, one_N3, _query_numbers(asked), **drawn), count)
         for name, one_N3 in zip(injections.ATTACKS, attacked, strict=True)
     }
 
 
 def _cosines(pairs: pa.Table, folder: str) -> NDArray[np.float64]:
-    from embeddings.encoder import encode, load_encoder
+    from embeddings.encoder import load_encoder
+    from embeddings.labeller_baseline import pair_cosines
 
     model, text = load_encoder(folder)
     columns = (pairs[name].to_pylist() for name in ("title", "brand", "category", "description"))
@@ -250,8 +248,7 @@ def _cosines(pairs: pa.Table, folder: str) -> NDArray[np.float64]:
         for title, brand, category, description in zip(*columns, strict=True)
     ]
     queries = [normalise_query(query) for query in pairs["query"].to_pylist()]
-    query_ND, product_ND = encode(model, queries, "query"), encode(model, products, "document")
-    return np.asarray((query_ND * product_ND).sum(axis=1), dtype=np.float64)
+    return pair_cosines(queries, products, model).astype(np.float64)
 
 
 def _by_score(score_N: NDArray[np.float64], pairs: GradedPairs) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ from pyarrow import csv as arrow_csv
 from pyarrow import parquet
 
 from conf.load import ConfigError, meaning, settings
-from jobs import job, models
+from jobs import job, labelling, models
 from lake.runs import RunRecord
 from ray_apps.placements import LabelPlacement
 
@@ -73,15 +73,10 @@ def run(config: Config) -> RunRecord:
     rows = np.flatnonzero([reason is None for reason in reasons])
     probability_N3 = np.full((len(table), 3), np.nan)
     if len(rows):
-        from ray_apps.label import label_pairs
-
         texts = [name for name in (*REQUIRED, *OPTIONAL) if name in table.column_names]
         asked = pa.table({name: table[name].cast(pa.string()) for name in texts}).take(rows)
-        asked = asked.append_column("address", pa.array([f"{row:012d}" for row in rows]))
         asked = asked.append_column("dataset", pa.array([config.inputs.dataset] * len(rows), pa.string()))
-        for part in label_pairs(asked, folder, config.placement):
-            places = [int(address) for address in part["address"].to_pylist()]
-            probability_N3[places] = np.stack([part[f"p{grade}"].to_numpy() for grade in range(3)], axis=1)
+        probability_N3[rows] = labelling.graded_in_order(asked, folder, config.placement)
     for row in rows[np.isnan(probability_N3[rows]).any(axis=1)]:
         reasons[row] = "the labeller gave no probabilities"
     write_pairs(with_grades(table, probability_N3, reasons, unread), config.out)
@@ -103,7 +98,7 @@ def read_pairs(path: str) -> tuple[pa.Table, list[str]]:
         raise ConfigError(f"inputs.file={path!r}: expected an existing file that ends in {', '.join(FORMATS)}")
     try:
         table, unread = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[kind](path)
-    except (pa.ArrowException, OSError, UnicodeError, json.JSONDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeError) as error:
         raise ValueError(f"{path}: cannot be read as {kind[1:]}: {str(error).splitlines()[0]}") from error
     repeated = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
     if repeated:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from conf.load import meaning, settings
 from embeddings.anchors import AnchorRecipe, drift_sentence, measure_drift, read_anchors
+from embeddings.calibration import probabilities_of
 from embeddings.labeller import LabellerCard, load_labeller_card
 from jobs import job, labelling
 from lake import tables
@@ -131,7 +132,7 @@ def checked_answers(waiting: pa.Table, folder: str, config: Config) -> Iterator[
         own, part = part.filter(is_anchor), part.filter(pc.invert(is_anchor))
         if len(own):
             rows = [int(name.removeprefix(ANCHOR)) for name in own["address"].to_pylist()]
-            answer_N3[rows] = np.stack([own[f"p{grade}"].to_numpy() for grade in range(3)], axis=1)
+            answer_N3[rows] = probabilities_of(own)
             num_missing -= len(own)
             if not num_missing:
                 check_anchors(anchors, answer_N3, config)
@@ -185,7 +186,7 @@ def append(current: Run, card: LabellerCard, part: pa.Table) -> int:
     if not len(part):
         return 0
     part = part.sort_by("address")
-    probability_N3 = np.stack([part[f"p{grade}"].to_numpy() for grade in range(3)], axis=1)
+    probability_N3 = probabilities_of(part)
     constant = {
         "judge": "labeller",
         "labeller": card.fingerprint,

@@ -6,19 +6,25 @@ import dataclasses
 import logging
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from conf.load import ConfigError
+from embeddings.calibration import probabilities_of
 from embeddings.text import normalise_query
 from jobs import job, models
 from lake import tables
 from lake.runs import Run
 from lake.schemas import CATALOG_PRODUCT, QUERY, TRAINING_INSTANCE, TableSpec
 from lake.storage import Lake
+from ray_apps.placements import LabelPlacement
 
 log = logging.getLogger(__name__)
 
 PAIR = ["dataset", "query_id", "product_id"]
+GRADED = ["grade", "at_least_1", "at_least_2"]
+"""What people said of a pair."""
 TEXTS = ["title", "brand", "category", "description", "attributes"]
 
 
@@ -74,6 +80,24 @@ def train_instances(current: Run, stage: int) -> list[dict[str, Any]]:
             len(ordered) - len(kept),
         )
     return kept
+
+
+def graded_in_order(pairs: pa.Table, folder: str, placement: LabelPlacement) -> NDArray[np.float64]:
+    """A labeller's calibrated probabilities of the pairs, in their order, [N, 3]; nan where it gave no distribution.
+
+    Args:
+        pairs: query, title and what else `ray_apps.label.label_pairs` reads.
+        folder: of the labeller.
+        placement: engine and portions.
+    """
+    from ray_apps.label import label_pairs
+
+    names = pa.array([f"{row:012d}" for row in range(len(pairs))], pa.string())
+    probability_N3 = np.full((len(pairs), 3), np.nan)
+    for part in label_pairs(pairs.append_column("address", names), folder, placement):
+        rows = [int(name) for name in part["address"].to_pylist()]
+        probability_N3[rows] = probabilities_of(part)
+    return probability_N3
 
 
 def with_newest_labeller(config: Any) -> Any:

@@ -30,7 +30,6 @@ from ray_apps.placements import TunePlacement
 
 log = logging.getLogger(__name__)
 
-GRADED = ["grade", "at_least_1", "at_least_2"]
 MAX_BASELINE_PAIRS = 1000
 """Train pairs that the two thresholds of the cosine are fitted on; more hardly move them, and take a minute."""
 
@@ -62,7 +61,7 @@ def run(config: Config) -> RunRecord:
 
     current = job.begin(config, "tune_labeller")
     recipe, storage = config.recipe, current.lake.path("runs")
-    consensus = labelling.read(current, ANNOTATION_CONSENSUS, [*labelling.PAIR, *GRADED])
+    consensus = labelling.read(current, ANNOTATION_CONSENSUS, [*labelling.PAIR, *labelling.GRADED])
     human = without_leaks(current, labelling.with_texts(current, consensus))
     weak = random_irrelevant(current, human, recipe)
     pairs = pa.concat_tables([human, weak.select(human.column_names)])
@@ -111,7 +110,7 @@ def run(config: Config) -> RunRecord:
 
 def folds_of(pairs: pa.Table, num_folds: int) -> NDArray[np.int32]:
     """Fold of each pair by its query's text, so that equal texts stay together; -1 outside the split train."""
-    fold_N = np.array([int(digest[:8], 16) % max(num_folds, 1) for digest in pairs["query_hash"].to_pylist()])
+    fold_N = np.array([int(digest[:8], 16) % num_folds for digest in pairs["query_hash"].to_pylist()])
     return np.where(pairs["split"].to_numpy() == "train", fold_N, -1).astype(np.int32)
 
 
@@ -155,6 +154,7 @@ def agreement(prefix: str, human_N: NDArray[np.integer], predicted_N: NDArray[np
 def baselines(human: pa.Table, recipe: LabellerRecipe) -> dict[str, float]:
     """Agreement of the commonest grade and of the pretrained cosine on the same test pairs."""
     from embeddings import labeller_baseline as baseline
+    from embeddings.encoder import EncoderRecipe, build_pretrained
 
     split_N, grade_N = human["split"].to_numpy(), human["grade"].to_numpy()
     train, test = np.flatnonzero(split_N == "train"), np.flatnonzero(split_N == "test")
@@ -163,7 +163,8 @@ def baselines(human: pa.Table, recipe: LabellerRecipe) -> dict[str, float]:
     rows = human.take(np.concatenate([train, test]))
     columns = [rows[name].to_pylist() for name in ProductFields._fields]
     products = [labeller_product_text(ProductFields(*values), recipe.text) for values in zip(*columns, strict=True)]
-    cosine_N = baseline.pair_cosines(rows["query"].to_pylist(), products, recipe.baseline_model)
+    encoder = build_pretrained(EncoderRecipe(model=recipe.baseline_model))
+    cosine_N = baseline.pair_cosines(rows["query"].to_pylist(), products, encoder)
     thresholds = baseline.fit_thresholds(cosine_N[: len(train)], grade_N[train])
     by_cosine = baseline.threshold_grades(cosine_N[len(train) :], thresholds)
     by_majority = baseline.majority_grades(grade_N[split_N == "train"], len(test))
@@ -209,7 +210,7 @@ def random_irrelevant(current: Run, human: pa.Table, recipe: LabellerRecipe) -> 
         [dict(zip(labelling.PAIR, row, strict=True)) for row in rows],
         schema=pa.schema([(name, pa.string()) for name in labelling.PAIR]),
     )
-    for name in GRADED:
+    for name in labelling.GRADED:
         kind = ANNOTATION_CONSENSUS.schema.field(name).type
         drawn_pairs = drawn_pairs.append_column(name, pa.array(np.zeros(len(rows)), kind))
     weak, same = labelling.with_texts(current, drawn_pairs), ["query_hash", "product_hash"]

@@ -76,6 +76,9 @@ _PRODUCT_ID = Column("product_id", STRING, "product, unique within the data set"
 _PAIR = (_DATASET, _QUERY_ID, _PRODUCT_ID)
 _RUN = Column("run_id", STRING, "run that wrote the row")
 _CREATED = Column("created_at", TIMESTAMP, "when the row was written", "UTC")
+_PROBABILITIES = tuple(
+    Column(f"p{grade}", FLOAT64, f"calibrated probability of grade {grade}", "0..1") for grade in Grade
+)
 _GRADE_CHECK = ("grade_is_0_1_2", "grade IN (0, 1, 2)")
 
 
@@ -264,9 +267,7 @@ PAIR_GRADE = TableSpec(
         Column("query_hash", STRING, "sha256 of the query's text", "hex"),
         Column("product_hash", STRING, "sha256 over the product's text fields", "hex"),
         _grade("most probable grade after calibration"),
-        Column("p0", FLOAT64, "calibrated probability of grade 0", "0..1"),
-        Column("p1", FLOAT64, "calibrated probability of grade 1", "0..1"),
-        Column("p2", FLOAT64, "calibrated probability of grade 2", "0..1"),
+        *_PROBABILITIES,
         Column("judge", STRING, "kind of judge: labeller or human"),
         Column("labeller", STRING, "fingerprint of the labeller's weights and calibration"),
         Column("guideline", STRING, "version of the guideline"),
@@ -392,9 +393,7 @@ LABELLER_OOF = TableSpec(
         *_PAIR,
         Column("fold", INT32, "part of the train queries that its labeller was tuned without; -1: not a train query"),
         _grade("human consensus"),
-        Column("p0", FLOAT64, "calibrated probability of grade 0", "0..1"),
-        Column("p1", FLOAT64, "calibrated probability of grade 1", "0..1"),
-        Column("p2", FLOAT64, "calibrated probability of grade 2", "0..1"),
+        *_PROBABILITIES,
         Column("labeller", STRING, "fingerprint of the labeller that was tuned on all train queries"),
         _RUN,
     ),
