@@ -41,7 +41,7 @@ THREADS = 2
 KV_CACHE_GIB = 1
 HF_BATCH = 32
 MAX_JSON_TOKENS = 12
-QUICK = {"ours": 384, "bare_vllm": 384, "vllm_chat_json": 48, "hf_generate": 32, "classifier": 2000}
+QUICK = {"ours": 192, "bare_vllm": 128, "vllm_chat_json": 48, "hf_generate": 16, "classifier": 1000}
 FULL = {"ours": 2048, "bare_vllm": 2048, "vllm_chat_json": 256, "hf_generate": 128, "classifier": 8000}
 
 Timed = tuple[int, float]
