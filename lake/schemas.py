@@ -260,7 +260,8 @@ PAIR_GRADE = TableSpec(
         Column(
             "address",
             STRING,
-            "sha256 over guideline version, prompt, labeller, decoding, query text and product text",
+            "sha256 over guideline version, prompt, labeller, decoding, query text and product text; of a human row "
+            "over who judged, the verdict and the texts",
             "hex",
         ),
         *_PAIR,
@@ -269,12 +270,15 @@ PAIR_GRADE = TableSpec(
         _grade("most probable grade after calibration"),
         *_PROBABILITIES,
         Column("judge", STRING, "kind of judge: labeller or human"),
-        Column("labeller", STRING, "fingerprint of the labeller's weights and calibration"),
-        Column("guideline", STRING, "version of the guideline"),
-        Column("prompt", STRING, "fingerprint of the prompt", "hex"),
-        Column("decoding", STRING, "task and decoding parameters"),
+        Column("labeller", STRING, "fingerprint of the labeller's weights and calibration; of a human row who judged"),
+        Column("guideline", STRING, "version of the guideline; empty for people"),
+        Column("prompt", STRING, "fingerprint of the prompt; empty for people", "hex"),
+        Column("decoding", STRING, "task and decoding parameters; empty for people"),
         _RUN,
         _CREATED,
+        Column(
+            "supersedes", STRING, "address of the row that was the pair of texts' newest before", "hex", nullable=True
+        ),
     ),
     checks=(_GRADE_CHECK,),
 )

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+log = logging.getLogger(__name__)
+
+PATIENCE_SEC = 180.0
+"""How long a storage that fails is tried again before a run gives up."""
+FIRST_WAIT_SEC, LONGEST_WAIT_SEC = 0.2, 10.0
+LASTING = ("No space left", "Permission denied", "Read-only file system", "Disk quota exceeded", "Not a directory")
+"""What the messages of failures say that waiting does not mend."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class LakeError(RuntimeError):
@@ -60,6 +75,36 @@ class Lake:
         except OSError as error:
             reason = error.strerror or str(error)
             raise LakeError(f"lake={self.root}: cannot write there ({reason}); choose another lake=DIR") from error
+
+
+def patient(action: Callable[P, R]) -> Callable[P, R]:
+    """An action on the lake that is tried again while the storage fails, with growing pauses.
+
+    Only actions that may run twice: reading, and writes that carry a transaction. What waiting does not mend (a full
+    disk, a missing file, missing rights) is raised at once.
+    """
+
+    @functools.wraps(action)
+    def tried(*args: P.args, **kwargs: P.kwargs) -> R:
+        began, wait = time.monotonic(), FIRST_WAIT_SEC
+        while True:
+            try:
+                return action(*args, **kwargs)
+            except OSError as error:
+                passed = time.monotonic() - began
+                if is_lasting(error) or passed > PATIENCE_SEC:
+                    raise
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                log.warning("the storage fails (%s); tried again in %.1f s, %.0f s passed", reason, wait, passed)
+                time.sleep(wait)
+                wait = min(2 * wait, LONGEST_WAIT_SEC)
+
+    return tried
+
+
+def is_lasting(error: OSError) -> bool:
+    """Whether waiting does not mend this failure of the storage."""
+    return isinstance(error, FileNotFoundError | PermissionError) or any(part in str(error) for part in LASTING)
 
 
 def replace_text(path: str | Path, text: str) -> None:

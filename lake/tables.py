@@ -12,11 +12,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+from deltalake import CommitProperties, DeltaTable, Field, Schema, Transaction, write_deltalake
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from lake.schemas import TableSpec, check_schema
-from lake.storage import Lake, LakeError
+from lake.storage import Lake, LakeError, patient
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ CONFIGURATION = {"delta.enableDeletionVectors": "false"}
 """delta-rs can neither read nor write tables with deletion vectors."""
 
 
+@patient
 def exists(lake: Lake, spec: TableSpec) -> bool:
     """Whether the table has been created."""
     return bool(DeltaTable.is_deltatable(lake.table(spec.name), storage_options=lake.storage_options))
@@ -31,23 +32,27 @@ def exists(lake: Lake, spec: TableSpec) -> bool:
 
 def version(lake: Lake, spec: TableSpec) -> int | None:
     """Newest version of the table; None where it does not exist."""
-    return DeltaTable(lake.table(spec.name)).version() if exists(lake, spec) else None
+    return open_table(lake, spec).version() if exists(lake, spec) else None
 
 
+@patient
+def open_table(lake: Lake, spec: TableSpec, version: int | None = None) -> DeltaTable:
+    """The Delta table; every client of one is opened here."""
+    return DeltaTable(lake.table(spec.name), version=version, storage_options=lake.storage_options)
+
+
+@patient
 def create(lake: Lake, spec: TableSpec) -> DeltaTable:
     """The table, made from its specification where it does not exist yet, whichever engine writes its rows.
 
-    Made here for Spark as well: creating and each check took Spark a job of seconds.
+    Made here for Spark as well: creating and each check took Spark a job of seconds. A table of an earlier version
+    gets the nullable columns that the specification has gained since.
     """
     if not exists(lake, spec):
         lake.check_writable()
-        fields = [
-            field.with_metadata({"comment": column.meaning})
-            for field, column in zip(spec.schema, spec.columns, strict=True)
-        ]
         DeltaTable.create(
             lake.table(spec.name),
-            schema=pa.schema(fields),
+            schema=Schema(_delta_fields(spec)),
             mode="ignore",
             partition_by=list(spec.partition_by) or None,
             name=spec.name,
@@ -55,13 +60,23 @@ def create(lake: Lake, spec: TableSpec) -> DeltaTable:
             configuration=CONFIGURATION,
             storage_options=lake.storage_options,
         )
-    table = DeltaTable(lake.table(spec.name), storage_options=lake.storage_options)
+    table = open_table(lake, spec)
+    held_columns = {field.name for field in table.schema().fields}
+    if gained := [field for field in _delta_fields(spec) if field.name not in held_columns and field.nullable]:
+        table.alter.add_columns(gained)
     # Delta takes checks only after the table is there; a crash in between is made good here.
     held = table.metadata().configuration
     checks = {name: condition for name, condition in spec.checks if f"delta.constraints.{name.lower()}" not in held}
     if checks:
         table.alter.add_constraint(checks)
     return table
+
+
+def _delta_fields(spec: TableSpec) -> list[Field]:
+    fields = [
+        field.with_metadata({"comment": column.meaning}) for field, column in zip(spec.schema, spec.columns, strict=True)
+    ]
+    return list(Schema.from_arrow(pa.schema(fields)).fields)
 
 
 def rows(
@@ -82,9 +97,11 @@ def rows(
         LakeError: the table or the version does not exist, or a data file cannot be read.
     """
     try:
-        table = DeltaTable(lake.table(spec.name), version=version, storage_options=lake.storage_options)
+        table = open_table(lake, spec, version)
         names = list(columns) if columns else spec.column_names
-        return plain(table.to_pyarrow_table(columns=names, filters=where))
+        held = {field.name for field in table.schema().fields}
+        found = table.to_pyarrow_table(columns=[name for name in names if name in held], filters=where)
+        return plain(with_gained(spec, found, names))
     except TableNotFoundError as error:
         raise LakeError(missing(lake, spec)) from error
     except (DeltaError, pa.ArrowException, OSError) as error:
@@ -92,11 +109,21 @@ def rows(
         raise LakeError(f"{spec.name}@{version or 'newest'} in {lake.root} cannot be read: {reason}") from error
 
 
+def with_gained(spec: TableSpec, found: pa.Table, names: Sequence[str]) -> pa.Table:
+    """The columns by name; nulls for those that the specification gained after the table was written."""
+    kinds = {column.name: column.type for column in spec.columns if column.nullable}
+    for name in names:
+        if name not in found.column_names and name in kinds:
+            found = found.append_column(name, pa.nulls(len(found), kinds[name]))
+    return found.select(list(names))
+
+
 def missing(lake: Lake, spec: TableSpec) -> str:
     """The sentence for a table that is not there."""
     return f"{spec.name}: no such table in lake={lake.root}; run the job that writes it, or name another lake=DIR"
 
 
+@patient
 def append_once(lake: Lake, spec: TableSpec, data: pa.Table, *, run_id: str, part: str) -> bool:
     """Appends a part of a run unless it was appended before.
 
@@ -123,6 +150,7 @@ def append_once(lake: Lake, spec: TableSpec, data: pa.Table, *, run_id: str, par
     return True
 
 
+@patient
 def replace(lake: Lake, spec: TableSpec, data: pa.Table, *, run_id: str, where: str | None = None) -> int:
     """Replaces the table, or the rows that meet the SQL condition `where`, in one commit.
 
@@ -139,7 +167,7 @@ def replace(lake: Lake, spec: TableSpec, data: pa.Table, *, run_id: str, where: 
         predicate=where,
         commit_properties=CommitProperties(custom_metadata={"run_id": run_id}),
     )
-    return int(DeltaTable(lake.table(spec.name)).version())
+    return int(open_table(lake, spec).version())
 
 
 def conform(spec: TableSpec, data: pa.Table) -> pa.Table:
