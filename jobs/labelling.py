@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,17 +34,55 @@ def read(current: Run, spec: TableSpec, columns: list[str]) -> pa.Table:
     return tables.rows(current.lake, spec, version=int(current.inputs[spec.name]), columns=columns)
 
 
+class PairTexts:
+    """Queries and products at the versions that a run is pinned to; pairs refer to them by row.
+
+    So a million pairs are ids and row numbers, and their texts are put together when they are needed.
+
+    Args:
+        current: the run.
+    """
+
+    def __init__(self, current: Run) -> None:
+        queries = read(current, QUERY, ["dataset", "query_id", "text", "query_hash", "split"])
+        self.queries = queries.rename_columns(["dataset", "query_id", "query", "query_hash", "split"])
+        self.products = read(current, CATALOG_PRODUCT, ["dataset", "product_id", *TEXTS, "product_hash"])
+
+    def keys(self, pairs: pa.Table) -> pa.Table:
+        """The pairs with query_row, product_row, query_hash and product_hash, in key order.
+
+        Pairs whose query or product is not in the pinned tables are left out.
+        """
+        joined = pairs
+        for side, name in ((self.queries, "query"), (self.products, "product")):
+            numbered = side.select(["dataset", f"{name}_id"])
+            numbered = numbered.append_column(f"{name}_row", pa.array(np.arange(len(side))))
+            joined = joined.join(numbered, ["dataset", f"{name}_id"], join_type="inner")
+        joined = joined.sort_by([(key, "ascending") for key in PAIR])
+        for side, name in ((self.queries, "query"), (self.products, "product")):
+            hashes = side[f"{name}_hash"].take(joined[f"{name}_row"])
+            joined = joined.append_column(f"{name}_hash", hashes)
+        return joined
+
+    def take(self, keys: pa.Table, names: Sequence[str] = ("query", *TEXTS)) -> pa.Table:
+        """Columns of the queries and products that the keys refer to."""
+        found = {}
+        for name in names:
+            side, row = (self.queries, "query_row") if name in ("query", "split") else (self.products, "product_row")
+            found[name] = side[name].take(keys[row])
+        return pa.table(found)
+
+
 def with_texts(current: Run, pairs: pa.Table) -> pa.Table:
     """The pairs with query, query_hash, split, the product's texts and product_hash, in key order.
 
     Pairs whose query or product is not in the pinned tables are left out.
     """
-    queries = read(current, QUERY, ["dataset", "query_id", "text", "query_hash", "split"])
-    products = read(current, CATALOG_PRODUCT, ["dataset", "product_id", *TEXTS, "product_hash"])
-    queries = queries.rename_columns(["dataset", "query_id", "query", "query_hash", "split"])
-    joined = pairs.join(queries, ["dataset", "query_id"], join_type="inner")
-    joined = joined.join(products, ["dataset", "product_id"], join_type="inner")
-    return joined.sort_by([(name, "ascending") for name in PAIR])
+    texts = PairTexts(current)
+    keys = texts.keys(pairs)
+    found = texts.take(keys, ("query", "split", *TEXTS))
+    columns = {name: keys[name] for name in keys.column_names if not name.endswith("_row")}
+    return pa.table(columns | {name: found[name] for name in found.column_names})
 
 
 def train_queries(current: Run) -> set[tuple[str, str]]:

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -57,49 +57,59 @@ def chosen_engine(placement: LabelPlacement, num_pairs: int) -> Literal["vllm", 
 
 
 def label_pairs(
-    pairs: pa.Table, folder: str, placement: LabelPlacement, first: pa.Table | None = None
+    pairs: pa.Table | Iterable[pa.Table], folder: str, placement: LabelPlacement, *, num_pairs: int | None = None
 ) -> Iterator[pa.Table]:
     """Calibrated probabilities of pairs, part by part as they come, in any order.
 
     Args:
         pairs: columns address, query, title and, where known, dataset, which chooses the calibration, brand,
-            category, description, attributes.
+            category, description, attributes; as one table, or as blocks that are asked for in their order.
         folder: of the labeller.
         placement: engine and portions.
-        first: pairs with the same columns that are asked before all others.
+        num_pairs: rows of all blocks, where there are several.
 
     Yields:
-        Columns address, p0, p1, p2; all nan where the answer was no distribution.
+        Columns address, p0, p1, p2, all three nan where the answer was no distribution, and tokens, of the pair as the
+        model reads it.
     """
     card, started, done = load_labeller_card(folder), time.monotonic(), 0
-    # equal queries side by side: a generative engine reads their common beginning once
-    ordered = pairs.sort_by([("query", "ascending"), ("address", "ascending")])
-    if first is not None:
-        ordered = pa.concat_tables([first.select(ordered.column_names), ordered])
-    if "dataset" not in ordered.column_names:
-        ordered = ordered.append_column("dataset", pa.array([""] * len(ordered), pa.string()))
-    answers = _vllm_answers if chosen_engine(placement, len(ordered)) == "vllm" else _torch_answers
-    for keys, probability_N3 in answers(ordered, folder, card, placement):
+    blocks: Iterable[pa.Table] = [pairs] if isinstance(pairs, pa.Table) else pairs
+    total = len(pairs) if isinstance(pairs, pa.Table) else num_pairs
+    if total is None:
+        raise ValueError("label_pairs: blocks need num_pairs, by which the engine is chosen")
+    answers = _vllm_answers if chosen_engine(placement, total) == "vllm" else _torch_answers
+    for keys, probability_N3 in answers(map(_ordered, blocks), folder, card, placement):
         probability_N3[violations(probability_N3)] = np.nan
         calibrated_N3 = calibrate(card.calibrations, keys["dataset"].to_pylist(), probability_N3)
         done += len(keys)
-        log.info("labelled %d of %d pairs, %.0f s", done, len(ordered), time.monotonic() - started)
+        log.info("labelled %d of %d pairs, %.0f s", done, total, time.monotonic() - started)
         columns = {f"p{grade}": calibrated_N3[:, grade] for grade in range(3)}
-        yield pa.table({"address": keys["address"], **columns})
+        yield pa.table({"address": keys["address"], **columns, "tokens": keys["tokens"]})
+
+
+def _ordered(block: pa.Table) -> pa.Table:
+    """Equal queries side by side, since a generative engine reads their common beginning once."""
+    ordered = block.sort_by([("query", "ascending"), ("address", "ascending")])
+    if "dataset" in ordered.column_names:
+        return ordered
+    return ordered.append_column("dataset", pa.array([""] * len(ordered), pa.string()))
 
 
 Answers = Iterator[tuple[pa.Table, NDArray[np.float64]]]
-"""Parts of the pairs, columns address and dataset, with what the labeller answers before calibration, [N, 3]."""
-KEYS = ["address", "dataset"]
+"""Parts of the pairs, columns address, dataset, tokens, with what the labeller answers before calibration, [N, 3]."""
+KEYS = ["address", "dataset", "tokens"]
 
 
-def _torch_answers(pairs: pa.Table, folder: str, card: LabellerCard, placement: LabelPlacement) -> Answers:
+def _torch_answers(blocks: Iterable[pa.Table], folder: str, card: LabellerCard, placement: LabelPlacement) -> Answers:
     from embeddings.labeller_model import load_labeller, plain_probabilities
 
     model, encoder = load_labeller(folder)
-    for start in range(0, len(pairs), placement.part_rows):
-        part = pairs.slice(start, placement.part_rows)
-        yield part.select(KEYS), plain_probabilities(model, encoder.encode_rows(part)).astype(np.float64)
+    for block in blocks:
+        for start in range(0, len(block), placement.part_rows):
+            part = block.slice(start, placement.part_rows)
+            tokens = encoder.encode_rows(part)
+            part = part.append_column("tokens", pa.array([len(pair) for pair in tokens], pa.int32()))
+            yield part.select(KEYS), plain_probabilities(model, tokens).astype(np.float64)
 
 
 def check_servable(folder: str, placement: LabelPlacement) -> None:
@@ -118,14 +128,15 @@ def check_servable(folder: str, placement: LabelPlacement) -> None:
         )
 
 
-def _vllm_answers(pairs: pa.Table, folder: str, card: LabellerCard, placement: LabelPlacement) -> Answers:
+def _vllm_answers(blocks: Iterable[pa.Table], folder: str, card: LabellerCard, placement: LabelPlacement) -> Answers:
     check_servable(folder, placement)
     connect(placement.ray)
     check_resources(placement.num_engines + 1, placement.num_engines * placement.use_gpu)
     quiet_data()
     size = placement.batch_rows
-    blocks = [pairs.slice(start, size) for start in range(0, len(pairs), size)]
-    encoded = ray.data.from_arrow(blocks).map_batches(
+    # put away one by one: the texts of all pairs lie in Ray's store and on its disk, never in this process
+    kept = [ray.put(block.slice(start, size)) for block in blocks for start in range(0, len(block), size)]
+    encoded = ray.data.from_arrow_refs(kept).map_batches(
         _encode, fn_kwargs={"folder": folder, "fingerprint": card.fingerprint}, batch_format="pyarrow", batch_size=size
     )
     processor = _processor(folder, card, placement)
@@ -206,8 +217,9 @@ def _encoder(folder: str, _fingerprint: str) -> PairEncoder:
 
 
 def _encode(batch: pa.Table, folder: str, fingerprint: str) -> pa.Table:
-    tokens = pa.array(_encoder(folder, fingerprint).encode_rows(batch), pa.list_(pa.int32()))
-    return batch.select(KEYS).append_column("tokenized_prompt", tokens)
+    pairs = _encoder(folder, fingerprint).encode_rows(batch)
+    batch = batch.append_column("tokens", pa.array([len(pair) for pair in pairs], pa.int32()))
+    return batch.select(KEYS).append_column("tokenized_prompt", pa.array(pairs, pa.list_(pa.int32())))
 
 
 def _request(row: dict[str, Any], grade_token_ids: tuple[int, ...]) -> dict[str, Any]:

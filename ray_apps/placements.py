@@ -43,3 +43,9 @@ class LabelPlacement:
         int, meaning("deaths of an engine that are made good; what is graded already stays in any case", ge=0)
     ] = 0
     kv_cache_gib: Annotated[int, meaning("an engine's cache on CPU", "GiB", ge=1)] = 1
+    price_per_hour: Annotated[float, meaning("of an engine's machine, for cost and plan; 0: unknown", ge=0)] = 0.0
+    currency: Annotated[str, meaning("of the price")] = "USD"
+
+    def cost(self, seconds: float) -> float:
+        """What the engines cost for so long, in the currency."""
+        return self.price_per_hour * self.num_engines * seconds / 3600

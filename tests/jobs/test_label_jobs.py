@@ -107,6 +107,12 @@ def labeller(tmp_path):
     return folder
 
 
+def answers(blocks, values):
+    """What an engine answers, the same for each grade."""
+    names = pa.concat_tables(blocks)["address"]
+    return pa.table({"address": names, "tokens": [9] * len(names)} | {f"p{grade}": values for grade in range(3)})
+
+
 def config_of(lake, labeller, **inputs):
     return label_pairs.Config(lake=lake.root, inputs=label_pairs.Inputs(labeller=labeller, **inputs), placement=TORCH)
 
@@ -116,15 +122,29 @@ def ledger(lake):
 
 
 def test_candidates_are_graded_once_per_text_and_a_second_run_starts_no_engine(shop, labeller, monkeypatch):
-    record = label_pairs.run(config_of(shop, labeller))
+    config = dataclasses.replace(config_of(shop, labeller), recipe=label_pairs.LabelRecipe(abstain_risk=0.1))
+    record = label_pairs.run(config)
 
-    assert record.counts == {"candidates": 60, "without_text": 0, "reused": 0, "labelled": 54, "rejected": 0}
+    abstained = record.counts.pop("abstained")
+    assert record.counts == {
+        "candidates": 60,
+        "without_text": 0,
+        "reused": 0,
+        "asked": 54,
+        "labelled": 54,
+        "rejected": 0,
+        "written_meanwhile": 0,
+    }
     rows = ledger(shop)
     assert len(set(rows["address"].to_pylist())) == len(rows) == 54
     total = sum(rows[name].to_numpy() for name in ("p0", "p1", "p2"))
     np.testing.assert_allclose(total, 1, atol=1e-9)
+    risk = sum(rows[f"p{g}"].to_numpy() * (rows["grade"].to_numpy() - g) ** 2 for g in range(3))
+    assert abstained == (risk > 0.1).sum() > 0
+    assert record.metrics["pairs_per_sec"] > 0
+    assert record.metrics["tokens_per_pair"] > 4
 
-    def never(*_):
+    def never(*_, **__):
         raise AssertionError("an engine was started")
 
     monkeypatch.setattr(ray_apps.label, "label_pairs", never)
@@ -139,15 +159,15 @@ def test_a_run_killed_between_parts_leaves_whole_parts_and_the_next_one_asks_for
 ):
     real, asked = ray_apps.label.label_pairs, []
 
-    def dying(pairs, folder, placement):
-        for number, part in enumerate(real(pairs, folder, placement)):
+    def dying(pairs, folder, placement, num_pairs):
+        for number, part in enumerate(real(pairs, folder, placement, num_pairs=num_pairs)):
             if number == 2:
                 raise KeyboardInterrupt
             yield part
 
-    def counting(pairs, folder, placement):
-        asked.append(len(pairs))
-        return real(pairs, folder, placement)
+    def counting(pairs, folder, placement, num_pairs):
+        asked.append(num_pairs)
+        return real(pairs, folder, placement, num_pairs=num_pairs)
 
     monkeypatch.setattr(ray_apps.label, "label_pairs", dying)
     with pytest.raises(KeyboardInterrupt):
@@ -168,12 +188,8 @@ def test_a_run_killed_between_parts_leaves_whole_parts_and_the_next_one_asks_for
 
 
 def test_answers_that_are_no_distribution_are_quarantined_and_too_many_fail_the_run(shop, labeller, monkeypatch):
-    def broken(pairs, folder, placement):
-        nan, third = float("nan"), 1 / 3
-        good = [row % 9 > 0 for row in range(len(pairs))]
-        yield pa.table(
-            {"address": pairs["address"]} | {f"p{g}": [third if ok else nan for ok in good] for g in range(3)}
-        )
+    def broken(pairs, folder, placement, num_pairs):
+        yield answers(pairs, [1 / 3 if row % 9 > 0 else float("nan") for row in range(num_pairs)])
 
     monkeypatch.setattr(ray_apps.label, "label_pairs", broken)
     with pytest.raises(ValueError, match="6 of 54 answers were no distribution"):
@@ -181,15 +197,13 @@ def test_answers_that_are_no_distribution_are_quarantined_and_too_many_fail_the_
 
     refused = tables.rows(shop, QUARANTINE)
     assert len(refused) == 6
-    assert "title" in json.loads(refused["row"][0].as_py())
+    assert {"query_id", "product_id", "address"} <= set(json.loads(refused["row"][0].as_py()))
     assert len(ledger(shop)) == 48
 
 
 def test_a_run_that_goes_on_meets_no_stricter_gate(shop, labeller, monkeypatch):
-    def broken(pairs, folder, placement):
-        yield pa.table(
-            {"address": pairs["address"]} | {f"p{g}": [float("nan")] + [1 / 3] * (len(pairs) - 1) for g in range(3)}
-        )
+    def broken(pairs, folder, placement, num_pairs):
+        yield answers(pairs, [float("nan")] + [1 / 3] * (num_pairs - 1))
 
     monkeypatch.setattr(ray_apps.label, "label_pairs", broken)
     config = dataclasses.replace(config_of(shop, labeller), recipe=label_pairs.LabelRecipe(max_rejected_fraction=0.05))
@@ -222,7 +236,7 @@ def as_labelled(folder, pairs):
 def test_anchors_are_graded_first_and_a_labeller_that_answers_otherwise_writes_nothing(shop, labeller, tmp_path):
     with pytest.raises(GateError, match=r"on its 12 anchors .* a grade's share moved by"):
         label_pairs.run(config_of(shop, with_anchors(shop, tmp_path, 1)))
-    assert not tables.exists(shop, PAIR_GRADE)
+    assert len(ledger(shop)) == 0
 
     record = label_pairs.run(config_of(shop, with_anchors(shop, tmp_path, 0)))
 
@@ -232,10 +246,10 @@ def test_anchors_are_graded_first_and_a_labeller_that_answers_otherwise_writes_n
 
 def test_without_answers_to_the_anchors_nothing_is_written(shop, labeller, tmp_path, monkeypatch):
     real = ray_apps.label.label_pairs
-    monkeypatch.setattr(ray_apps.label, "label_pairs", lambda *given: real(*given[:3]))
+    monkeypatch.setattr(ray_apps.label, "label_pairs", lambda blocks, *how, **more: real(list(blocks)[1:], *how, **more))
     with pytest.raises(ValueError, match="12 of 12 anchors got no answer"):
         label_pairs.run(config_of(shop, with_anchors(shop, tmp_path, 0)))
-    assert not tables.exists(shop, PAIR_GRADE)
+    assert len(ledger(shop)) == 0
 
 
 def test_only_candidates_of_the_sources_are_graded(shop, labeller):

@@ -1,0 +1,322 @@
+"""Pairs into the ledger: what every job that grades shares, from the address of a pair to the row that holds its grade.
+
+A pair that the ledger holds is never asked again; what was answered is written part by part, so that a death loses a
+part at most, and each address is there once whoever grades at the same time (`lake.ledger`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Annotated
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from conf.load import meaning, settings
+from embeddings.anchors import AnchorRecipe, drift_sentence, measure_drift, read_anchors
+from embeddings.calibration import PROBABILITIES, probabilities_of
+from embeddings.labeller import LabellerCard, load_labeller_card
+from jobs import job, labelling
+from lake import ledger, tables
+from lake.ledger import Ledger
+from lake.progress import write_progress
+from lake.runs import Run
+from lake.schemas import PAIR_GRADE, QUARANTINE
+from ray_apps.placements import LabelPlacement
+
+log = logging.getLogger(__name__)
+
+ANCHOR = "anchor-"
+"""Before the number of an anchor, where a pair's number would stand."""
+BLOCK_PAIRS = 10_000
+"""Pairs whose texts are put together at a time."""
+LEDGER_KEYS = (*labelling.PAIR, "query_hash", "product_hash", "address")
+
+
+@settings
+class GradingRecipe:
+    """What is refused. Grades follow from labeller and texts alone."""
+
+    anchors: Annotated[AnchorRecipe, meaning("when the answers to the labeller's anchors stop the run")] = (
+        AnchorRecipe()
+    )
+    max_rejected_fraction: Annotated[
+        float, meaning("share of answers without a distribution past which the run fails", ge=0, le=1)
+    ] = 0.01
+    abstain_risk: Annotated[
+        float,
+        meaning(
+            "expected squared error of a grade from which on it counts as an abstention: it is written, and a "
+            "stronger judge is asked where there is one",
+            gt=0,
+        ),
+    ] = 0.5
+
+
+@dataclasses.dataclass
+class Graded:
+    """What grading did.
+
+    Attributes:
+        reused: pairs that the ledger held.
+        asked: texts that the engine was asked for.
+        labelled: rows written.
+        rejected: answers that were no distribution.
+        doubles: rows that another run had written in the meantime.
+        abstained: answers whose expected squared error is above the recipe's.
+        tokens: read by the engine.
+        start_sec: until its first answers.
+        answer_sec: from those to its last.
+        first_pairs: answers that came with the first.
+    """
+
+    reused: int = 0
+    asked: int = 0
+    labelled: int = 0
+    rejected: int = 0
+    doubles: int = 0
+    abstained: int = 0
+    tokens: int = 0
+    start_sec: float = 0.0
+    answer_sec: float = 0.0
+    first_pairs: int = 0
+
+    @property
+    def pairs_per_sec(self) -> float:
+        """Steady rate of the engine, its start apart; of the whole where all answers came at once."""
+        if self.answer_sec > 0 and self.asked > self.first_pairs:
+            return (self.asked - self.first_pairs) / self.answer_sec
+        return self.asked / max(self.start_sec, 1e-9)
+
+    def counts(self) -> dict[str, int]:
+        """For the run record."""
+        names = ("reused", "asked", "labelled", "rejected", "abstained")
+        return {name: getattr(self, name) for name in names} | {"written_meanwhile": self.doubles}
+
+    def metrics(self, placement: LabelPlacement) -> dict[str, float]:
+        """For the run record; nothing where the engine was not asked."""
+        if not self.asked:
+            return {}
+        seconds = self.start_sec + self.answer_sec
+        return {
+            "pairs_per_sec": self.pairs_per_sec,
+            "tokens_per_sec": self.pairs_per_sec * self.tokens / self.asked,
+            "tokens_per_pair": self.tokens / self.asked,
+            "start_sec": self.start_sec,
+            "engine_hours": seconds * placement.num_engines / 3600,
+            "cost": placement.cost(seconds),
+        }
+
+
+def addresses(keys: pa.Table, card: LabellerCard) -> pa.Array:
+    """Content addresses of pairs under a labeller.
+
+    Args:
+        keys: columns query_hash and product_hash.
+        card: of the labeller.
+    """
+    hashes = zip(keys["query_hash"].to_pylist(), keys["product_hash"].to_pylist(), strict=True)
+    return pa.array([card.address(*both) for both in hashes], pa.string())
+
+
+def first_of_each(keys: pa.Table) -> pa.Table:
+    """One pair per address, the first in key order: equal texts are graded once."""
+    place = pa.array(np.arange(len(keys)))
+    kept = keys.append_column("place", place).group_by("address").aggregate([("place", "min")])["place_min"]
+    return keys.take(kept.combine_chunks().sort())
+
+
+def grade_pairs(
+    current: Run,
+    keys: pa.Table,
+    texts: labelling.PairTexts,
+    folder: str,
+    recipe: GradingRecipe,
+    placement: LabelPlacement,
+) -> Graded:
+    """Grades the pairs that the ledger does not hold, and writes them there.
+
+    Args:
+        current: the run.
+        keys: of `texts.keys`, with their `addresses`.
+        texts: that they refer to.
+        folder: of the labeller.
+        recipe: what is refused.
+        placement: engine and portions.
+
+    Raises:
+        GateError: the labeller answers otherwise than when it was tuned; nothing is written.
+        ValueError: too many answers are no distribution.
+    """
+    card, book = load_labeller_card(folder), Ledger(current.lake, keys["address"])
+    missing = keys.filter(pa.array(~book.holds(keys["address"]), pa.bool_()))
+    waiting = first_of_each(missing).sort_by([("query_hash", "ascending"), ("address", "ascending")])
+    found = Graded(reused=len(keys) - len(missing))
+    log.info("%s: %d texts to grade, %d pairs are in the ledger", current.job, len(waiting), found.reused)
+    if len(waiting):
+        before = ledger.newest_of_pairs(current.lake, waiting["query_hash"], waiting["product_hash"])
+        waiting = waiting.append_column("supersedes", pa.array(before, pa.string()))
+        for rows, answers in _timed(_checked(waiting, texts, folder, recipe, placement), found):
+            _write(current, card, book, waiting.take(pa.array(rows)), answers, recipe, found)
+            write_progress(
+                current.lake.path("runs", current.fingerprint),
+                done=found.asked,
+                total=len(waiting),
+                note=f"pairs graded, {found.pairs_per_sec:.0f}/s",
+            )
+        found.doubles = book.doubles
+        ledger.compact(current.lake)
+    # of all texts, not of those asked now: a run that goes on after a death meets the bad ones again
+    total = max(pc.count_distinct(keys["address"]).as_py(), 1)
+    if found.rejected > recipe.max_rejected_fraction * total:
+        raise ValueError(
+            f"{current.job}: {found.rejected} of {total} answers were no distribution over the grades, more than "
+            f"recipe.max_rejected_fraction={recipe.max_rejected_fraction}; see the quarantine table"
+        )
+    return found
+
+
+Part = tuple[NDArray[np.int64], pa.Table]
+"""Rows of the waiting pairs, and the answers to them: columns p0, p1, p2, tokens."""
+
+
+def _timed(parts: Iterator[Part], found: Graded) -> Iterator[Part]:
+    """Counts what the engine did and how long it took, without the time that is spent on its answers."""
+    began = time.monotonic()
+    for rows, answers in parts:
+        seconds = time.monotonic() - began
+        if found.asked:
+            found.answer_sec += seconds
+        else:
+            found.start_sec, found.first_pairs = seconds, len(rows)
+        found.asked += len(rows)
+        found.tokens += pc.sum(answers["tokens"]).as_py()
+        yield rows, answers
+        began = time.monotonic()
+
+
+def _checked(
+    waiting: pa.Table, texts: labelling.PairTexts, folder: str, recipe: GradingRecipe, placement: LabelPlacement
+) -> Iterator[Part]:
+    """Answers to the pairs, held back until those to the labeller's anchors have been found in order.
+
+    Raises:
+        GateError: the labeller answers otherwise than when it was tuned.
+    """
+    from ray_apps.label import label_pairs
+
+    anchors = read_anchors(folder)
+    num_anchors = len(anchors) if anchors is not None else 0
+    answer_N3, held, num_missing = np.full((num_anchors, 3), np.nan), [], num_anchors
+    blocks = _blocks(waiting, texts, anchors)
+    for part in label_pairs(blocks, folder, placement, num_pairs=num_anchors + len(waiting)):
+        is_anchor = pc.starts_with(part["address"], ANCHOR)
+        own, part = part.filter(is_anchor), part.filter(pc.invert(is_anchor))
+        if anchors is not None and len(own):
+            rows = [int(name.removeprefix(ANCHOR)) for name in own["address"].to_pylist()]
+            answer_N3[rows] = probabilities_of(own)
+            num_missing -= len(own)
+            if not num_missing:
+                _check_anchors(anchors, answer_N3, recipe)
+        if len(part):
+            held.append((np.array(part["address"].to_pylist(), dtype=np.int64), part))
+        if not num_missing:
+            yield from held
+            held.clear()
+    if num_missing:
+        raise ValueError(f"{num_missing} of {num_anchors} anchors got no answer; nothing was written")
+
+
+def _blocks(waiting: pa.Table, texts: labelling.PairTexts, anchors: pa.Table | None) -> Iterator[pa.Table]:
+    """The anchors, then the pairs' texts, with their numbers for addresses.
+
+    Without their data set: people did not choose these pairs, so the class rates of its judged pairs are not theirs.
+    """
+    names = ["query", *labelling.TEXTS]
+    if anchors is not None:
+        numbers = pa.array([f"{ANCHOR}{row:04d}" for row in range(len(anchors))], pa.string())
+        yield anchors.select(names).append_column("address", numbers)
+    for start in range(0, len(waiting), BLOCK_PAIRS):
+        block = waiting.slice(start, BLOCK_PAIRS)
+        numbers = pa.array([f"{start + row:012d}" for row in range(len(block))], pa.string())
+        yield texts.take(block, names).append_column("address", numbers)
+
+
+def _check_anchors(anchors: pa.Table, answer_N3: NDArray[np.floating], recipe: GradingRecipe) -> None:
+    drift = measure_drift(anchors, answer_N3)
+    log.info("%d anchors, largest change of a probability %.2g", len(anchors), drift.largest_change)
+    if wrong := drift_sentence(drift, recipe.anchors):
+        raise job.GateError(
+            f"on its {len(anchors)} anchors the labeller answers otherwise than at tuning: {wrong}; "
+            "nothing was written; see what changed in the engine, or tune the labeller again"
+        )
+
+
+def expected_squared_error(probability_N3: NDArray[np.floating], grade_N: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Of grades under a judge's probabilities, [N]: 0 where it is certain, up to 4."""
+    distance_N3 = np.arange(3)[None, :] - np.asarray(grade_N)[:, None]
+    return np.asarray((probability_N3 * distance_N3**2).sum(axis=1), dtype=np.float64)
+
+
+def _write(
+    current: Run,
+    card: LabellerCard,
+    book: Ledger,
+    keys: pa.Table,
+    answers: pa.Table,
+    recipe: GradingRecipe,
+    found: Graded,
+) -> None:
+    """Puts a part of the answers into the ledger, and those that are no distribution into quarantine."""
+    is_good_N = np.isfinite(answers["p0"].to_numpy())
+    bad = keys.filter(pa.array(~is_good_N))
+    _quarantine(current, bad)
+    found.rejected += len(bad)
+    good, probability_N3 = keys.filter(pa.array(is_good_N)), probabilities_of(answers)[is_good_N]
+    if not len(good):
+        return
+    grade_N = probability_N3.argmax(axis=1)
+    found.abstained += int((expected_squared_error(probability_N3, grade_N) > recipe.abstain_risk).sum())
+    columns = {name: good[name] for name in (*LEDGER_KEYS, "supersedes")}
+    columns |= {name: pa.array(probability_N3[:, place]) for place, name in enumerate(PROBABILITIES)}
+    columns["grade"] = pa.array(grade_N, pa.int8())
+    constant = {
+        "judge": "labeller",
+        "labeller": card.fingerprint,
+        "guideline": card.guideline,
+        "prompt": card.prompt,
+        "decoding": card.decoding,
+        "run_id": current.run_id,
+    }
+    columns |= {name: pa.array([value] * len(good), pa.string()) for name, value in constant.items()}
+    columns["created_at"] = pa.array([datetime.now(UTC)] * len(good), pa.timestamp("us", tz="UTC"))
+    found.labelled += book.append(pa.table(columns).sort_by("address"), run_id=current.run_id)
+
+
+def _quarantine(current: Run, keys: pa.Table) -> None:
+    """Writes pairs whose answer was no distribution, with the reason; the next run asks for them again."""
+    if not len(keys):
+        return
+    part = f"answers-{keys['address'][0].as_py()[:16]}"
+    rows = [
+        {
+            "run_id": current.run_id,
+            "part": part,
+            "row_number": number,
+            "dataset": row["dataset"],
+            "table_name": PAIR_GRADE.name,
+            "row": json.dumps({name: row[name] for name in LEDGER_KEYS}),
+            "reason": "the labeller's answer is no probability distribution over the grades",
+            "created_at": datetime.now(UTC),
+        }
+        for number, row in enumerate(keys.to_pylist())
+    ]
+    data = pa.Table.from_pylist(rows, schema=QUARANTINE.schema)
+    tables.append_once(current.lake, QUARANTINE, data, run_id=current.run_id, part=part)
