@@ -86,7 +86,7 @@ def _slice_sheet(dataset: str, judge: str, measured: Sequence[MeasuredSlice]) ->
 
 def _injection_sheet(dataset: str, judge: str, own: Shifts) -> page.Sheet:
     names = ("shift", "share_2", "changed")
-    lines = [[attack, *(_interval(metrics[name]) for name in names)] for attack, (metrics, _) in own.items()]
+    lines = [[attack, *(interval_cell(metrics[name]) for name in names)] for attack, (metrics, _) in own.items()]
     header = [
         "appended to the title",
         "change of the expected grade",
@@ -98,8 +98,9 @@ def _injection_sheet(dataset: str, judge: str, own: Shifts) -> page.Sheet:
 
 
 def _cell(one: MeasuredSlice, name: str) -> str:
-    return _interval(one.metrics.get(name))
+    return interval_cell(one.metrics.get(name))
 
 
-def _interval(interval: Interval | None) -> str:
+def interval_cell(interval: Interval | None) -> str:
+    """A figure with its interval; a dash where there is none."""
     return "-" if interval is None else f"{interval.mean:.3f} [{interval.low:.3f} {interval.high:.3f}]"

@@ -37,11 +37,11 @@ class Sheet:
 
 def render(title: str, subtitle: str, plots: Sequence[str], plots_note: str, sheets: Sequence[Sheet]) -> str:
     """The whole page."""
-    body = [
-        f"<h1>{escape(title)}</h1><small>{escape(subtitle)}</small>",
-        f"<h2>Scores by grade</h2><p>{escape(plots_note)}</p><div class='plots'>{''.join(plots)}</div>",
-        *(_sheet(sheet) for sheet in sheets),
-    ]
+    body = [f"<h1>{escape(title)}</h1><small>{escape(subtitle)}</small>"]
+    if plots:
+        drawn = f"<p>{escape(plots_note)}</p><div class='plots'>{''.join(plots)}</div>"
+        body.append(f"<h2>Scores by grade</h2>{drawn}")
+    body += [_sheet(sheet) for sheet in sheets]
     return (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"
         f"<meta name='viewport' content='width=device-width,initial-scale=1'><style>{STYLE}</style></head>"

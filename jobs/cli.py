@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from conf.load import ConfigError, list_settings
-from jobs import job
+from jobs import cost, job
+from jobs.cost import CostPlan
 from lake import runs
 from lake.storage import Lake, LakeError
 
@@ -34,7 +35,7 @@ USAGE = """assay: graded relevance for product search
   assay export labeller out=DIR
   assay label FILE out=FILE                       grades pairs of a CSV, JSONL or Parquet file
   assay search QUERY                              top products of the final model with score and grade band
-  assay plan JOB SETTING [key=value ...]          what a run would read, and whether it is current
+  assay plan JOB SETTING [key=value ...]          what a run would read, whether it is current, what grading costs
   assay explain QUERY PRODUCT                     everything the lake knows of a pair
   assay doctor                                    checks Java, jars, versions, disk and memory
 
@@ -53,6 +54,7 @@ RAY_JOBS = (
     "tune_labeller",
     "evaluate_labeller",
     "label_pairs",
+    "label_catalog",
     "train_encoder",
     "embed_catalog",
     "mine_hard_pairs",
@@ -285,7 +287,7 @@ def search(words: Words) -> None:
 
 
 def plan(words: Words) -> None:
-    """What a job would read, at which versions, and whether that work is done already; changes nothing."""
+    """What a job would read, at which versions, whether that work is done already, and what grading would cost."""
     if words.wants_help:
         module = importlib.import_module(f"jobs.{words.plain[0]}")
         setting = words.plain[1] if len(words.plain) > 1 else "dev"
@@ -294,8 +296,12 @@ def plan(words: Words) -> None:
     if len(words.plain) != 2 or words.plain[0] not in JOBS:
         raise ConfigError(f"plan: expected JOB SETTING; jobs: {', '.join(JOBS)}")
     name, module = words.plain[0], importlib.import_module(f"jobs.{words.plain[0]}")
-    opened = job.pin(job.parse(name, module.Config, [words.plain[1], *words.pairs]), name)
+    config = job.parse(name, module.Config, [words.plain[1], *words.pairs])
+    if hasattr(module, "with_models"):
+        config = module.with_models(config)
+    opened = job.pin(config, name)
     done = runs.current(opened.lake, name, opened.fingerprint)
+    planned: CostPlan | None = module.plan(config) if hasattr(module, "plan") else None
     facts = {
         "job": name,
         "inputs": opened.inputs,
@@ -303,10 +309,12 @@ def plan(words: Words) -> None:
         "current_run": done.run_id if done else None,
     }
     if words.wants_json:
-        print(json.dumps(facts))
+        print(json.dumps(facts | ({"plan": dataclasses.asdict(planned)} if planned else {})))
         return
     print(f"{name} would read {_versions(opened.inputs) or 'nothing'}; fingerprint {opened.fingerprint}")
     print(f"done already by run {done.run_id}" if done else "not done yet")
+    if planned:
+        print(cost.render(planned))
 
 
 def explain(words: Words) -> None:

@@ -29,6 +29,7 @@ from lake.ledger import Ledger
 from lake.progress import write_progress
 from lake.runs import Run
 from lake.schemas import PAIR_GRADE, QUARANTINE
+from lake.storage import Lake
 from ray_apps.placements import LabelPlacement
 
 log = logging.getLogger(__name__)
@@ -112,22 +113,33 @@ class Graded:
             "start_sec": self.start_sec,
             "engine_hours": seconds * placement.num_engines / 3600,
             "cost": placement.cost(seconds),
+            "num_engines": placement.num_engines,
+            "on_gpu": placement.use_gpu,
+            "is_vllm": placement.engine_for(self.asked) == "vllm",
         }
 
 
-def addresses(keys: pa.Table, card: LabellerCard) -> pa.Array:
-    """Content addresses of pairs under a labeller.
+def addressed(keys: pa.Table, card: LabellerCard) -> pa.Table:
+    """The pairs with the content address of their grade under a labeller.
 
     Args:
         keys: columns query_hash and product_hash.
         card: of the labeller.
     """
     hashes = zip(keys["query_hash"].to_pylist(), keys["product_hash"].to_pylist(), strict=True)
-    return pa.array([card.address(*both) for both in hashes], pa.string())
+    return keys.append_column("address", pa.array([card.address(*both) for both in hashes], pa.string()))
 
 
-def first_of_each(keys: pa.Table) -> pa.Table:
-    """One pair per address, the first in key order: equal texts are graded once."""
+def waiting_pairs(lake: Lake, keys: pa.Table) -> pa.Table:
+    """Those of the pairs whose address the ledger does not hold, one per address, in their order."""
+    if not tables.exists(lake, PAIR_GRADE):
+        return _first_of_each(keys)
+    held = Ledger(lake, keys["address"]).holds(keys["address"])
+    return _first_of_each(keys.filter(pa.array(~held, pa.bool_())))
+
+
+def _first_of_each(keys: pa.Table) -> pa.Table:
+    """One pair per address, the first: equal texts are graded once."""
     place = pa.array(np.arange(len(keys)))
     kept = keys.append_column("place", place).group_by("address").aggregate([("place", "min")])["place_min"]
     return keys.take(kept.combine_chunks().sort())
@@ -145,7 +157,7 @@ def grade_pairs(
 
     Args:
         current: the run.
-        keys: of `texts.keys`, with their `addresses`.
+        keys: of `texts.keys`, `addressed`.
         texts: that they refer to.
         folder: of the labeller.
         recipe: what is refused.
@@ -157,7 +169,7 @@ def grade_pairs(
     """
     card, book = load_labeller_card(folder), Ledger(current.lake, keys["address"])
     missing = keys.filter(pa.array(~book.holds(keys["address"]), pa.bool_()))
-    waiting = first_of_each(missing).sort_by([("query_hash", "ascending"), ("address", "ascending")])
+    waiting = _first_of_each(missing).sort_by([("query_hash", "ascending"), ("address", "ascending")])
     found = Graded(reused=len(keys) - len(missing))
     log.info("%s: %d texts to grade, %d pairs are in the ledger", current.job, len(waiting), found.reused)
     if len(waiting):

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 from conf.load import meaning, settings
 from embeddings.labeller import load_labeller_card
 from jobs import job, labelling
-from jobs.grading import GradingRecipe, addresses, grade_pairs
+from jobs.cost import CostPlan, plan_cost
+from jobs.grading import GradingRecipe, addressed, grade_pairs, waiting_pairs
 from lake import tables
 from lake.runs import Run, RunRecord
 from lake.schemas import CANDIDATE_PAIR, PAIR_GRADE, SOURCES, CandidateSource
@@ -51,12 +52,11 @@ class Config:
 
 def run(config: Config) -> RunRecord:
     """Candidate pairs without a ledger row -> ledger, part by part; what is there already is never asked again."""
-    config = labelling.with_newest_labeller(config)
+    config = with_models(config)
     current = job.begin(config, "label_pairs")
     folder, texts = labelling.labeller_folder(current.lake, config.inputs.labeller), labelling.PairTexts(current)
     candidates = read_candidates(current, config.recipe)
-    keys = texts.keys(candidates)
-    keys = keys.append_column("address", addresses(keys, load_labeller_card(folder)))
+    keys = addressed(texts.keys(candidates), load_labeller_card(folder))
     found = grade_pairs(current, keys, texts, folder, config.recipe, config.placement)
     return current.finish(
         rows=found.labelled,
@@ -64,6 +64,20 @@ def run(config: Config) -> RunRecord:
         counts={"candidates": len(candidates), "without_text": len(candidates) - len(keys)} | found.counts(),
         metrics=found.metrics(config.placement),
     )
+
+
+def plan(config: Config) -> CostPlan:
+    """What `run` would take now; writes nothing."""
+    config = with_models(config)
+    current = job.pin(config, "label_pairs")
+    folder, texts = labelling.labeller_folder(current.lake, config.inputs.labeller), labelling.PairTexts(current)
+    keys = addressed(texts.keys(read_candidates(current, config.recipe)), load_labeller_card(folder))
+    return plan_cost(current, waiting_pairs(current.lake, keys), texts, folder, config.placement)
+
+
+def with_models(config: Config) -> Config:
+    """The config with the lake's newest labeller where it names none."""
+    return labelling.with_newest_labeller(config)  # type: ignore[no-any-return]
 
 
 def read_candidates(current: Run, recipe: LabelRecipe) -> pa.Table:

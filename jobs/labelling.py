@@ -53,16 +53,18 @@ class PairTexts:
 
         Pairs whose query or product is not in the pinned tables are left out.
         """
-        joined = pairs
+        # by number, since joins carry no lists
+        joined = pairs.select(PAIR).append_column("place", pa.array(np.arange(len(pairs))))
         for side, name in ((self.queries, "query"), (self.products, "product")):
             numbered = side.select(["dataset", f"{name}_id"])
             numbered = numbered.append_column(f"{name}_row", pa.array(np.arange(len(side))))
             joined = joined.join(numbered, ["dataset", f"{name}_id"], join_type="inner")
         joined = joined.sort_by([(key, "ascending") for key in PAIR])
+        keys = pairs.take(joined["place"])
         for side, name in ((self.queries, "query"), (self.products, "product")):
-            hashes = side[f"{name}_hash"].take(joined[f"{name}_row"])
-            joined = joined.append_column(f"{name}_hash", hashes)
-        return joined
+            row = joined[f"{name}_row"]
+            keys = keys.append_column(f"{name}_row", row).append_column(f"{name}_hash", side[f"{name}_hash"].take(row))
+        return keys
 
     def take(self, keys: pa.Table, names: Sequence[str] = ("query", *TEXTS)) -> pa.Table:
         """Columns of the queries and products that the keys refer to."""

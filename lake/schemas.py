@@ -283,6 +283,26 @@ PAIR_GRADE = TableSpec(
     checks=(_GRADE_CHECK,),
 )
 
+CATALOG_CANDIDATE = TableSpec(
+    "catalog_candidate",
+    "Pairs of the whole catalogue that may be relevant; the nightly run grades those of the greatest value first.",
+    "delta-rs",
+    ("dataset", "query_id", "product_id"),
+    (
+        *_PAIR,
+        Column("query_hash", STRING, "sha256 of the query's text when the pair was found", "hex"),
+        Column("product_hash", STRING, "sha256 over the product's text fields when the pair was found", "hex"),
+        Column("sources", pa.list_(STRING), "what found it: engagement, lexical, embedding"),
+        Column("cosine", FLOAT64, "cosine of query and product", "-1..1"),
+        Column("coverage", FLOAT64, "weighted share of the query's words that the product holds", "0..1"),
+        Column("relevance", FLOAT64, "chance of grade 1 or 2 that cosine and coverage give", "0..1"),
+        Column("demand", FLOAT64, "searches of the query: most impressions of one of its products, and 1", "events"),
+        Column("value", FLOAT64, "demand x relevance: searches in which the product has a chance to be shown"),
+        Column("origin", STRING, "hash of encoder and recipe that found it", "hex"),
+        _RUN,
+    ),
+)
+
 TRAINING_INSTANCE = TableSpec(
     "training_instance",
     "One query with several graded products: what the encoder learns from. Train queries only.",
@@ -483,6 +503,7 @@ TABLES: dict[str, TableSpec] = {
         AUDIT_VERDICT,
         CANDIDATE_PAIR,
         PAIR_GRADE,
+        CATALOG_CANDIDATE,
         TRAINING_INSTANCE,
         MINED_PAIR,
         EMBEDDING_MANIFEST,

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Field, Schema, Transaction, write_deltalake
-from deltalake.exceptions import DeltaError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from lake.schemas import TableSpec, check_schema
 from lake.storage import Lake, LakeError, patient
@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 CONFIGURATION = {"delta.enableDeletionVectors": "false"}
 """delta-rs can neither read nor write tables with deletion vectors."""
+
+REPLACE_TRIES = 5
 
 
 @patient
@@ -74,7 +76,8 @@ def create(lake: Lake, spec: TableSpec) -> DeltaTable:
 
 def _delta_fields(spec: TableSpec) -> list[Field]:
     fields = [
-        field.with_metadata({"comment": column.meaning}) for field, column in zip(spec.schema, spec.columns, strict=True)
+        field.with_metadata({"comment": column.meaning})
+        for field, column in zip(spec.schema, spec.columns, strict=True)
     ]
     return list(Schema.from_arrow(pa.schema(fields)).fields)
 
@@ -154,19 +157,26 @@ def append_once(lake: Lake, spec: TableSpec, data: pa.Table, *, run_id: str, par
 def replace(lake: Lake, spec: TableSpec, data: pa.Table, *, run_id: str, where: str | None = None) -> int:
     """Replaces the table, or the rows that meet the SQL condition `where`, in one commit.
 
+    Of two runs that replace the same rows at once the later wins.
+
     Returns:
         The version written.
     """
     check_writer(spec, "delta-rs")
     conformed = conform(spec, data)
-    table = create(lake, spec)
-    write_deltalake(
-        table,
-        conformed,
-        mode="overwrite",
-        predicate=where,
-        commit_properties=CommitProperties(custom_metadata={"run_id": run_id}),
-    )
+    for tries_left in reversed(range(REPLACE_TRIES)):
+        try:
+            write_deltalake(
+                create(lake, spec),
+                conformed,
+                mode="overwrite",
+                predicate=where,
+                commit_properties=CommitProperties(custom_metadata={"run_id": run_id}),
+            )
+            break
+        except CommitFailedError:
+            if not tries_left:
+                raise
     return int(open_table(lake, spec).version())
 
 

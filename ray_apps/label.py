@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -49,13 +49,6 @@ OFFLINE = {
 """Environment of an engine: the labeller is a folder, so nothing is ever fetched or reported."""
 
 
-def chosen_engine(placement: LabelPlacement, num_pairs: int) -> Literal["vllm", "torch"]:
-    """The engine that `auto` stands for."""
-    if placement.engine == "auto":
-        return "vllm" if num_pairs >= placement.vllm_from_pairs else "torch"
-    return placement.engine
-
-
 def label_pairs(
     pairs: pa.Table | Iterable[pa.Table], folder: str, placement: LabelPlacement, *, num_pairs: int | None = None
 ) -> Iterator[pa.Table]:
@@ -77,7 +70,7 @@ def label_pairs(
     total = len(pairs) if isinstance(pairs, pa.Table) else num_pairs
     if total is None:
         raise ValueError("label_pairs: blocks need num_pairs, by which the engine is chosen")
-    answers = _vllm_answers if chosen_engine(placement, total) == "vllm" else _torch_answers
+    answers = _vllm_answers if placement.engine_for(total) == "vllm" else _torch_answers
     for keys, probability_N3 in answers(map(_ordered, blocks), folder, card, placement):
         probability_N3[violations(probability_N3)] = np.nan
         calibrated_N3 = calibrate(card.calibrations, keys["dataset"].to_pylist(), probability_N3)

@@ -46,6 +46,12 @@ class LabelPlacement:
     price_per_hour: Annotated[float, meaning("of an engine's machine, for cost and plan; 0: unknown", ge=0)] = 0.0
     currency: Annotated[str, meaning("of the price")] = "USD"
 
+    def engine_for(self, num_pairs: int) -> Literal["vllm", "torch"]:
+        """The engine that `auto` stands for."""
+        if self.engine == "auto":
+            return "vllm" if num_pairs >= self.vllm_from_pairs else "torch"
+        return self.engine
+
     def cost(self, seconds: float) -> float:
         """What the engines cost for so long, in the currency."""
         return self.price_per_hour * self.num_engines * seconds / 3600

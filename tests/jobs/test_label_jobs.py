@@ -1,31 +1,26 @@
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from deltalake import write_deltalake
 from pyarrow import csv, parquet
 
 import ray_apps.label
 from conf.load import ConfigError, load_job
 from embeddings.anchors import ANCHOR_TEXTS, choose_anchors, read_anchors
 from embeddings.calibration import Calibration
-from embeddings.guideline import load_guideline
 from embeddings.injections import ATTACKS
-from embeddings.labeller import LabellerRecipe, PairEncoder, export_labeller, load_labeller_card, save_labeller
+from embeddings.labeller import LabellerRecipe, export_labeller, load_labeller_card, save_labeller
 from embeddings.labeller_evaluation import JudgeRecipe
-from embeddings.labeller_model import build_labeller, load_labeller, plain_probabilities, save_weights
+from embeddings.labeller_model import load_labeller, plain_probabilities
 from jobs import evaluate_labeller, label_file, label_pairs, tune_labeller
 from jobs.job import GateError
 from lake import tables
 from lake.schemas import (
-    ANNOTATION_CONSENSUS,
     CANDIDATE_PAIR,
     CATALOG_PRODUCT,
-    HUMAN_ANNOTATION,
     LABELLER_EVALUATION,
     LABELLER_OOF,
     PAIR_GRADE,
@@ -35,76 +30,10 @@ from lake.schemas import (
 from lake.storage import Lake, LakeError
 from ray_apps.cluster import RayPlacement
 from ray_apps.placements import LabelPlacement, TunePlacement
-from tests.fakes import shares
+from tests.fakes import SHOP_SPLITS, hash_of, put
 from tests.tiny_models import tiny_bert_folder
 
 TORCH = LabelPlacement(engine="torch", part_rows=10)
-SPLITS = ("train", "train", "train", "validation", "calibration", "test")
-
-
-def put(lake: Lake, spec, rows):
-    """Writes a table that Spark owns, without starting Spark."""
-    filled = [{column.name: row.get(column.name) for column in spec.columns} for row in rows]
-    write_deltalake(lake.table(spec.name), pa.Table.from_pylist(filled, schema=spec.schema), mode="append")
-
-
-def hash_of(text):
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-@pytest.fixture
-def shop(lake):
-    """12 queries, 10 products of which two share their texts, 48 human grades and 60 candidates."""
-    colours, kinds = ("red", "blue", "green", "black"), ("shoe", "lamp", "knife")
-    queries = [f"{colour} {kind}" for colour in colours for kind in kinds]
-    titles = [*(f"{colour} {kind} x" for colour, kind in zip(colours * 3, kinds * 4, strict=True)), "red shoe x"][-10:]
-    put(
-        lake,
-        QUERY,
-        [
-            {"dataset": "s", "query_id": f"q{n}", "text": text, "normalised": text, "query_hash": hash_of(text)}
-            | {"split": SPLITS[n % 6]}
-            for n, text in enumerate(queries)
-        ],
-    )
-    titles[0] = titles[1]
-    products = [
-        {"dataset": "s", "product_id": f"p{n}", "title": title, "product_hash": title} for n, title in enumerate(titles)
-    ]
-    put(lake, CATALOG_PRODUCT, products)
-    marks = [
-        {"dataset": "s", "query_id": f"q{q}", "product_id": f"p{p}", "num_marks": 1, "agreement": 1.0, "judge": "human"}
-        | {"grade": sum(word in titles[p] for word in queries[q].split())}
-        for q in range(12)
-        for p in range(4)
-    ]
-    put(lake, ANNOTATION_CONSENSUS, [row | shares(row["grade"]) for row in marks])
-    given = {"mark_number": 1, "mark": "m", "scale": "s"}
-    put(lake, HUMAN_ANNOTATION, [row | given | {"grade_value": float(row["grade"])} for row in marks])
-    candidates = [
-        {"dataset": "s", "query_id": f"q{q}", "product_id": f"p{p}", "source": "sampled"}
-        for q in range(6)
-        for p in range(10)
-    ]
-    put(lake, CANDIDATE_PAIR, [*candidates, candidates[0] | {"source": "mined"}])
-    return lake
-
-
-@pytest.fixture
-def labeller(tmp_path):
-    recipe = LabellerRecipe(model=str(tiny_bert_folder(tmp_path / "model")), max_tokens=32)
-    encoder = PairEncoder(recipe.model, recipe, load_guideline("v1"))
-    save_weights(build_labeller(recipe, encoder, device="cpu"), encoder, tmp_path / "weights")
-    folder = str(tmp_path / "labeller")
-    save_labeller(
-        tmp_path / "weights",
-        folder,
-        recipe,
-        grade_token_ids=(),
-        calibrations={"": Calibration(temperature=1.2)},
-        metrics={},
-    )
-    return folder
 
 
 def answers(blocks, values):
@@ -246,7 +175,9 @@ def test_anchors_are_graded_first_and_a_labeller_that_answers_otherwise_writes_n
 
 def test_without_answers_to_the_anchors_nothing_is_written(shop, labeller, tmp_path, monkeypatch):
     real = ray_apps.label.label_pairs
-    monkeypatch.setattr(ray_apps.label, "label_pairs", lambda blocks, *how, **more: real(list(blocks)[1:], *how, **more))
+    monkeypatch.setattr(
+        ray_apps.label, "label_pairs", lambda blocks, *how, **more: real(list(blocks)[1:], *how, **more)
+    )
     with pytest.raises(ValueError, match="12 of 12 anchors got no answer"):
         label_pairs.run(config_of(shop, with_anchors(shop, tmp_path, 0)))
     assert len(ledger(shop)) == 0
@@ -295,8 +226,8 @@ def test_the_labeller_is_tuned_measured_and_kept(shop, tmp_path):
     assert len(rows) == 48
     assert {row["labeller"] for row in rows} == {load_labeller_card(folder).fingerprint}
     folds = {row["query_id"]: row["fold"] for row in rows}
-    assert {fold for query, fold in folds.items() if SPLITS[int(query[1:]) % 6] == "train"} == {0, 1}
-    assert {fold for query, fold in folds.items() if SPLITS[int(query[1:]) % 6] != "train"} == {-1}
+    assert {fold for query, fold in folds.items() if SHOP_SPLITS[int(query[1:]) % 6] == "train"} == {0, 1}
+    assert {fold for query, fold in folds.items() if SHOP_SPLITS[int(query[1:]) % 6] != "train"} == {-1}
     assert all(row["p0"] + row["p1"] + row["p2"] == pytest.approx(1) for row in rows)
     assert not list(Path(shop.path("runs")).glob("*fold*"))
 
@@ -370,7 +301,7 @@ def test_judges_are_measured_side_by_side_on_test_queries(shop, labeller, tmp_pa
     whole = {row["judge"]: row for row in rows if row["slice"] == ""}
     name = f"classifier {load_labeller_card(labeller).fingerprint}"
     assert set(whole) == {name, "cosine of encoder", "commonest grade"}
-    num_tests = SPLITS.count("test") * 2 * 4
+    num_tests = SHOP_SPLITS.count("test") * 2 * 4
     assert {row["num_pairs"] for row in whole.values()} == {num_tests} == {record.counts["test_pairs/s"]}
     assert sum(whole[name]["confusion"]) == num_tests
     assert {row["slice"] for row in rows} > {""}

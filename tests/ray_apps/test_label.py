@@ -10,7 +10,7 @@ from embeddings.guideline import load_guideline
 from embeddings.labeller import LabellerRecipe, PairEncoder, save_labeller
 from embeddings.labeller_model import build_labeller, save_weights
 from ray_apps.cluster import RayPlacement
-from ray_apps.label import _answer, chosen_engine, label_pairs
+from ray_apps.label import _answer, label_pairs
 from ray_apps.placements import LabelPlacement
 from tests.tiny_models import tiny_bert_folder, tiny_causal_lm_folder, tiny_guideline_file
 
@@ -86,7 +86,7 @@ def test_an_answer_without_every_grade_is_no_answer():
 def test_auto_takes_the_engine_where_its_start_pays():
     placement = LabelPlacement(engine="auto", vllm_from_pairs=100)
 
-    assert [chosen_engine(placement, number) for number in (99, 100)] == ["torch", "vllm"]
+    assert [placement.engine_for(number) for number in (99, 100)] == ["torch", "vllm"]
 
 
 @pytest.mark.usefixtures("ray_cluster")

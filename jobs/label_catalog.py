@@ -1,0 +1,381 @@
+"""Grades the catalogue: every product beside the queries it may answer, the most valuable pairs first, within a budget.
+
+A night's work is what is new: products whose texts changed and queries that came get new candidates, all others keep
+theirs, and only pairs that the ledger does not hold are asked. What the budget leaves over waits for the next night.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Annotated
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from conf.load import fingerprint, meaning, settings
+from embeddings.candidates import CandidateRecipe, Pairs, RelevancePrior, WordMatcher, fit_prior, nearest, union
+from embeddings.labeller import load_labeller_card
+from embeddings.shards import pair_scores
+from embeddings.text import TextRecipe, product_text
+from jobs import cost, job, labelling, models
+from jobs.catalog_report import catalog_page
+from jobs.cost import CostPlan
+from jobs.embed_catalog import Catalog, EmbedPlacement, EmbedRecipe, embed, read_catalogs
+from jobs.grading import GradingRecipe, addressed, grade_pairs, waiting_pairs
+from lake import tables
+from lake.runs import Run, RunRecord
+from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_CANDIDATE, ENGAGEMENT, PAIR_GRADE, QUERY
+from lake.storage import Lake, replace_text
+from ray_apps.placements import LabelPlacement
+
+log = logging.getLogger(__name__)
+
+PRIOR_PAIRS = 20_000
+"""Judged pairs that the chance of relevance is fitted on, at most."""
+
+
+@settings
+class Inputs:
+    """Catalogue, queries, what shoppers did, the encoder that finds candidates and the judge."""
+
+    query: job.TableVersion = "newest"
+    catalog_product: job.TableVersion = "newest"
+    engagement: job.TableVersion = "newest"
+    annotation_consensus: job.TableVersion = "newest"
+    model: Annotated[str, meaning("encoder that finds candidates: stage2, stage1, pretrained or a folder")] = "stage2"
+    labeller: Annotated[str, meaning("folder of the labeller, below the lake or anywhere; empty: the newest")] = ""
+
+
+@settings
+class Budget:
+    """What a night may take; 0 sets no bound."""
+
+    max_pairs: Annotated[int, meaning("pairs graded", "pairs", ge=0)] = 0
+    max_hours: Annotated[float, meaning("engine-hours by the plan, of all engines together", "hours", ge=0)] = 0.0
+    max_cost: Annotated[float, meaning("money by the plan, in placement.label.currency", ge=0)] = 0.0
+
+
+@settings
+class CatalogRecipe:
+    """Which pairs are tried, how many are graded, what is refused."""
+
+    candidates: CandidateRecipe = CandidateRecipe()
+    budget: Budget = Budget()
+    grading: GradingRecipe = GradingRecipe()
+    embedding: EmbedRecipe = EmbedRecipe()
+
+
+@settings
+class Placement:
+    """Where products are encoded and pairs are graded."""
+
+    embed: EmbedPlacement = EmbedPlacement()
+    label: LabelPlacement = LabelPlacement(engine="auto")
+
+
+@settings
+class Config:
+    """Settings of label_catalog."""
+
+    lake: job.LakeRoot = job.DEFAULT_LAKE
+    setting: job.SettingName = "dev"
+    inputs: Inputs = Inputs()
+    recipe: CatalogRecipe = CatalogRecipe()
+    placement: Placement = Placement()
+
+
+@dataclasses.dataclass(frozen=True)
+class Night:
+    """What a run has before it.
+
+    Attributes:
+        candidates: rows of catalog_candidate, all of them.
+        counts: products, queries, what of them is new, candidates by source.
+        keys: of the candidates that have texts, with their addresses, the most valuable first.
+        waiting: those of them that the ledger does not hold, each text once.
+        plan: what grading all of them would take.
+        chosen: how many of them the budget allows.
+    """
+
+    candidates: pa.Table
+    counts: dict[str, int]
+    keys: pa.Table
+    waiting: pa.Table
+    plan: CostPlan
+    chosen: int
+
+
+def run(config: Config) -> RunRecord:
+    """Candidates of the whole catalogue, and the most valuable of those without a grade into the ledger."""
+    config = with_models(config)
+    current = job.begin(config, "label_catalog")
+    texts = labelling.PairTexts(current)
+    night = prepare(current, texts, config)
+    written = tables.replace(current.lake, CATALOG_CANDIDATE, night.candidates, run_id=current.run_id)
+    plan = cost.scaled(night.plan, night.chosen, config.placement.label)
+    log.info("label_catalog: the plan\n%s", cost.render(plan))
+    folder = labelling.labeller_folder(current.lake, config.inputs.labeller)
+    asked = night.waiting.slice(0, night.chosen).select(night.keys.column_names)
+    found = grade_pairs(current, asked, texts, folder, config.recipe.grading, config.placement.label)
+    counts = night.counts | found.counts() | {"reused": len(night.keys) - len(night.waiting)}
+    counts["over_budget"] = len(night.waiting) - night.chosen
+    metrics = found.metrics(config.placement.label) | plan.metrics()
+    page = f"reports/catalog-{current.run_id}.html"
+    subtitle = f"run {current.run_id}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    html = catalog_page(
+        subtitle, current.lake, current.run_id, load_labeller_card(folder), night.waiting, counts, metrics
+    )
+    replace_text(current.lake.path(page), html)
+    return current.finish(
+        rows=found.labelled,
+        outputs={
+            CATALOG_CANDIDATE.name: written,
+            PAIR_GRADE.name: tables.version(current.lake, PAIR_GRADE) or 0,
+            "report": page,
+        },
+        counts=counts,
+        metrics=metrics,
+    )
+
+
+def plan(config: Config) -> CostPlan:
+    """What `run` would take now. Encodes products that have no vectors yet, and writes nothing else."""
+    config = with_models(config)
+    current = job.begin(config, "label_catalog")
+    night = prepare(current, labelling.PairTexts(current), config)
+    return cost.scaled(night.plan, night.chosen, config.placement.label)
+
+
+def prepare(current: Run, texts: labelling.PairTexts, config: Config) -> Night:
+    """Finds the candidates, sorts out what the ledger holds, and plans the rest."""
+    candidates, counts = find_candidates(current, config)
+    folder = labelling.labeller_folder(current.lake, config.inputs.labeller)
+    keys = texts.keys(candidates.select([*labelling.PAIR, "relevance", "demand", "value", "sources"]))
+    keys = addressed(keys, load_labeller_card(folder)).sort_by([("value", "descending"), ("address", "ascending")])
+    waiting = waiting_pairs(current.lake, keys)
+    whole = cost.plan_cost(current, waiting, texts, folder, config.placement.label)
+    budget = config.recipe.budget
+    chosen = cost.affordable(
+        whole,
+        config.placement.label,
+        max_pairs=budget.max_pairs,
+        max_hours=budget.max_hours,
+        max_cost=budget.max_cost,
+    )
+    return Night(candidates, counts, keys, waiting, whole, chosen)
+
+
+def find_candidates(current: Run, config: Config) -> tuple[pa.Table, dict[str, int]]:
+    """Rows of catalog_candidate: kept ones, and new ones of products and queries that are new or changed."""
+    catalogs = read_catalogs(current.lake, int(current.inputs["catalog_product"]))
+    queries = labelling.read(current, QUERY, ["dataset", "query_id", "text", "query_hash"])
+    queries = queries.sort_by([("dataset", "ascending"), ("query_id", "ascending")])
+    of_dataset = {
+        catalog.dataset: queries.filter(pc.equal(queries["dataset"], catalog.dataset)) for catalog in catalogs
+    }
+    catalogs = [catalog for catalog in catalogs if len(of_dataset[catalog.dataset])]
+    model = current.inputs["model"]
+    folder = job.find_path(current.lake, config.inputs.model) or config.inputs.model
+    texts = {name: own["text"].to_pylist() for name, own in of_dataset.items()}
+    files = embed(current, catalogs, {model: folder}, texts, config.recipe.embedding, config.placement.embed)
+    origin = fingerprint(config.recipe.candidates, model)
+    kept = _kept(current, origin)
+    found, counts = [], {"products": 0, "new_products": 0, "queries": 0, "new_queries": 0}
+    for catalog in catalogs:
+        own = _DatasetCandidates(
+            current,
+            catalog,
+            of_dataset[catalog.dataset],
+            np.load(files[model, catalog.dataset], allow_pickle=False),
+            model,
+            config.recipe,
+        )
+        found.append(own.rows(kept.filter(pc.equal(kept["dataset"], catalog.dataset)), origin))
+        for name, value in own.counts.items():
+            counts[name] += value
+    table = pa.concat_tables([CATALOG_CANDIDATE.schema.empty_table(), *found])
+    counts["candidates"] = len(table)
+    by_source = pc.value_counts(pc.list_flatten(table["sources"])).to_pylist()
+    return table, counts | {f"candidates/{row['values']}": row["counts"] for row in by_source}
+
+
+def _kept(current: Run, origin: str) -> pa.Table:
+    """Candidates of earlier nights that the same encoder and recipe found."""
+    if not tables.exists(current.lake, CATALOG_CANDIDATE):
+        return CATALOG_CANDIDATE.schema.empty_table()
+    return tables.rows(current.lake, CATALOG_CANDIDATE, where=[("origin", "=", origin)])
+
+
+class _DatasetCandidates:
+    """Candidates of one data set.
+
+    Args:
+        current: the run.
+        catalog: its products, in id order.
+        queries: its queries, in id order.
+        query_QD: their vectors.
+        model: fingerprint of the encoder.
+        recipe: what is tried.
+    """
+
+    def __init__(
+        self,
+        current: Run,
+        catalog: Catalog,
+        queries: pa.Table,
+        query_QD: NDArray[np.float32],
+        model: str,
+        recipe: CatalogRecipe,
+    ) -> None:
+        self.current, self.catalog, self.queries, self.query_QD = current, catalog, queries, query_QD
+        self.recipe = recipe.candidates
+        self.shards = catalog.shards(current.lake, model, recipe.embedding)
+        fields = [catalog.products[name].to_pylist() for name in ("title", "brand", "category", "description")]
+        what = TextRecipe()
+        texts = [
+            product_text(title, brand, category, description, what)
+            for title, brand, category, description in zip(*fields, strict=True)
+        ]
+        self.words = WordMatcher(queries["text"].to_pylist(), texts)
+        self.counts: dict[str, int] = {}
+
+    def rows(self, kept: pa.Table, origin: str) -> pa.Table:
+        """Kept rows whose texts are as they were, and the candidates of what is new, all with today's value."""
+        kept_pairs, is_valid = self._rows_of(kept)
+        product_hash, query_hash = self.catalog.products["product_hash"], self.queries["query_hash"]
+        is_same = np.zeros(len(kept), dtype=bool)
+        is_same[is_valid] = [
+            kept["query_hash"][row].as_py() == query_hash[query].as_py()
+            and kept["product_hash"][row].as_py() == product_hash[product].as_py()
+            for row, query, product in zip(np.flatnonzero(is_valid), *kept_pairs, strict=True)
+        ]
+        kept, kept_pairs = kept.filter(pa.array(is_same)), tuple(part[is_same[is_valid]] for part in kept_pairs)
+        new_Q, new_P = (
+            np.setdiff1d(np.arange(len(side)), known)
+            for side, known in zip((self.queries, self.catalog.products), kept_pairs, strict=True)
+        )
+        self.counts = {
+            "products": len(self.catalog.products),
+            "new_products": len(new_P),
+            "queries": len(self.queries),
+            "new_queries": len(new_Q),
+        }
+        engaged, demand_Q = self._engagement()
+        found = [*_by_source(kept, kept_pairs), ("engagement", engaged), *self._found(new_Q, new_P)]
+        (query_N, product_N), sources = union(found, len(product_hash))
+        cosine_N = pair_scores(self.shards, self.query_QD, query_N, product_N)
+        coverage_N = self.words.coverage(query_N, product_N)
+        relevance_N = self._prior()(cosine_N, coverage_N)
+        size = len(query_N)
+        return pa.table(
+            {
+                "dataset": pa.array([self.catalog.dataset] * size, pa.string()),
+                "query_id": self.queries["query_id"].take(pa.array(query_N)),
+                "product_id": self.catalog.products["product_id"].take(pa.array(product_N)),
+                "query_hash": query_hash.take(pa.array(query_N)),
+                "product_hash": product_hash.take(pa.array(product_N)),
+                "sources": pa.array(sources, pa.list_(pa.string())),
+                "cosine": cosine_N,
+                "coverage": coverage_N,
+                "relevance": relevance_N,
+                "demand": demand_Q[query_N],
+                "value": demand_Q[query_N] * relevance_N,
+                "origin": pa.array([origin] * size, pa.string()),
+                "run_id": pa.array([self.current.run_id] * size, pa.string()),
+            },
+            schema=CATALOG_CANDIDATE.schema,
+        )
+
+    def _found(self, new_Q: NDArray[np.int64], new_P: NDArray[np.int64]) -> list[tuple[str, Pairs]]:
+        """Queries of new products and products of new queries, by words and by cosine."""
+        recipe, product_PD = self.recipe, np.concatenate([shard.vectors() for shard in self.shards])
+        by_product = nearest(product_PD[new_P], self.query_QD, recipe.embedding_per_product)
+        by_query = nearest(self.query_QD[new_Q], product_PD, recipe.products_per_new_query)
+        return [
+            ("lexical", self.words.queries_of(new_P, recipe.lexical_per_product, recipe.min_coverage)),
+            ("lexical", self.words.products_of(new_Q, recipe.products_per_new_query, recipe.min_coverage)),
+            ("embedding", (by_product[1], new_P[by_product[0]])),
+            ("embedding", (new_Q[by_query[0]], by_query[1])),
+        ]
+
+    def _engagement(self) -> tuple[Pairs, NDArray[np.float64]]:
+        """Pairs that shoppers saw, the most seen per product, and the demand of each query."""
+        demand_Q = np.ones(len(self.queries))
+        if ENGAGEMENT.name not in self.current.inputs:
+            return (np.empty(0, np.int64), np.empty(0, np.int64)), demand_Q
+        seen = tables.rows(
+            self.current.lake,
+            ENGAGEMENT,
+            version=int(self.current.inputs[ENGAGEMENT.name]),
+            columns=[*labelling.PAIR, "impressions"],
+            where=[("dataset", "=", self.catalog.dataset), ("impressions", ">", 0)],
+        )
+        (query_N, product_N), is_valid = self._rows_of(seen)
+        shown_N = seen["impressions"].to_numpy()[is_valid]
+        np.maximum.at(demand_Q, query_N, shown_N + 1.0)
+        order = np.lexsort((query_N, -shown_N, product_N))
+        first = np.searchsorted(product_N[order], product_N[order], side="left")
+        kept = order[np.arange(len(order)) - first < self.recipe.engaged_per_product]
+        return (query_N[kept], product_N[kept]), demand_Q
+
+    def _prior(self) -> RelevancePrior:
+        """The chance of relevance as people's grades of train queries teach it."""
+        if ANNOTATION_CONSENSUS.name not in self.current.inputs:
+            return RelevancePrior()
+        judged = labelling.read(self.current, ANNOTATION_CONSENSUS, [*labelling.PAIR, "grade"])
+        judged = judged.filter(pc.equal(judged["dataset"], self.catalog.dataset))
+        train = pa.array([query for dataset, query in labelling.train_queries(self.current)], pa.string())
+        judged = judged.filter(pc.is_in(judged["query_id"], train)).sort_by("query_id")
+        step = -(-len(judged) // PRIOR_PAIRS) or 1
+        judged = judged.take(pa.array(np.arange(0, len(judged), step)))
+        (query_J, product_J), is_valid = self._rows_of(judged)
+        is_relevant_J = judged["grade"].to_numpy()[is_valid] >= 1
+        cosine_J = pair_scores(self.shards, self.query_QD, query_J, product_J)
+        return fit_prior(cosine_J, self.words.coverage(query_J, product_J), is_relevant_J)
+
+    def _rows_of(self, pairs: pa.Table) -> tuple[Pairs, NDArray[np.bool_]]:
+        """Rows of the queries and products of those pairs that exist, and which do."""
+        found = [
+            pc.index_in(pairs[name], value_set=side[name].combine_chunks()).to_numpy(zero_copy_only=False)
+            for name, side in (("query_id", self.queries), ("product_id", self.catalog.products))
+        ]
+        query_N, product_N = (
+            np.nan_to_num(np.asarray(rows, dtype=np.float64), nan=-1).astype(np.int64) for rows in found
+        )
+        is_valid = (query_N >= 0) & (product_N >= 0)
+        return (query_N[is_valid], product_N[is_valid]), is_valid
+
+
+def _by_source(kept: pa.Table, pairs: Pairs) -> list[tuple[str, Pairs]]:
+    """Kept pairs by what found them, but engagement, which is looked up anew."""
+    sources = kept["sources"].to_pylist()
+    found = []
+    for name in ("lexical", "embedding"):
+        own = np.array([name in row for row in sources], dtype=bool)
+        found.append((name, (pairs[0][own], pairs[1][own])))
+    return found
+
+
+def with_models(config: Config) -> Config:
+    """The config with the folders of labeller and encoder, relative to the lake where they lie in it."""
+    config = labelling.with_newest_labeller(config)
+    lake = Lake(config.lake)
+    if job.find_path(lake, config.inputs.model):
+        return config
+    folder = lake.relative(models.encoder_folder(lake, config.inputs.model))
+    return dataclasses.replace(config, inputs=dataclasses.replace(config.inputs, model=folder))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of the job."""
+    return job.main("label_catalog", Config, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
