@@ -19,8 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from conf.load import ConfigError, list_settings
-from jobs import cost, job
-from jobs.cost import CostPlan
+from jobs import job
 from lake import runs
 from lake.storage import Lake, LakeError
 
@@ -60,7 +59,7 @@ RAY_JOBS = (
     "mine_hard_pairs",
     "evaluate_retrieval",
 )
-PLAIN_JOBS = ("simulate", "import_dataset", "report", "search", "label_file")
+PLAIN_JOBS = ("simulate", "import_dataset", "record_human_grades", "report", "search", "label_file")
 JOBS = (*SPARK_JOBS, *RAY_JOBS, *PLAIN_JOBS)
 
 
@@ -301,7 +300,7 @@ def plan(words: Words) -> None:
         config = module.with_models(config)
     opened = job.pin(config, name)
     done = runs.current(opened.lake, name, opened.fingerprint)
-    planned: CostPlan | None = module.plan(config) if hasattr(module, "plan") else None
+    planned = module.plan(config) if hasattr(module, "plan") else None
     facts = {
         "job": name,
         "inputs": opened.inputs,
@@ -314,6 +313,8 @@ def plan(words: Words) -> None:
     print(f"{name} would read {_versions(opened.inputs) or 'nothing'}; fingerprint {opened.fingerprint}")
     print(f"done already by run {done.run_id}" if done else "not done yet")
     if planned:
+        from jobs import cost
+
         print(cost.render(planned))
 
 

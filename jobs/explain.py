@@ -12,6 +12,7 @@ from lake.schemas import (
     ANNOTATION_CONSENSUS,
     AUDIT_CONFLICT,
     AUDIT_VERDICT,
+    CATALOG_CANDIDATE,
     CATALOG_PRODUCT,
     ENGAGEMENT,
     HUMAN_ANNOTATION,
@@ -26,7 +27,7 @@ BY_ID = (HUMAN_ANNOTATION, ANNOTATION_CONSENSUS, ENGAGEMENT, AUDIT_CONFLICT, AUD
 
 
 def explain(lake: Lake, query: str, product: str) -> dict[str, list[dict[str, Any]]]:
-    """Rows of every table about a pair, table -> rows; the ledger's by the texts' hashes.
+    """Rows of every table about a pair, table -> rows; the ledger's by the texts' hashes, oldest first.
 
     Args:
         query: a query's id or text.
@@ -50,7 +51,10 @@ def explain(lake: Lake, query: str, product: str) -> dict[str, list[dict[str, An
         "query_hash": [row["query_hash"] for row in queries],
         "product_hash": [row["product_hash"] for row in products],
     }
-    facts[PAIR_GRADE.name] = _rows(lake, PAIR_GRADE, hashes)
+    facts[CATALOG_CANDIDATE.name] = _rows(lake, CATALOG_CANDIDATE, ids)
+    history = sorted(_rows(lake, PAIR_GRADE, hashes), key=lambda row: (row["created_at"], row["address"]))
+    superseded = {row["supersedes"] for row in history}
+    facts[PAIR_GRADE.name] = [row | {"is_newest": row["address"] not in superseded} for row in history]
     return facts
 
 

@@ -29,6 +29,7 @@ from jobs.cost import CostPlan
 from jobs.embed_catalog import Catalog, EmbedPlacement, EmbedRecipe, embed, read_catalogs
 from jobs.grading import GradingRecipe, addressed, grade_pairs, waiting_pairs
 from lake import tables
+from lake.ledger import graded_by_people
 from lake.runs import Run, RunRecord
 from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_CANDIDATE, ENGAGEMENT, PAIR_GRADE, QUERY
 from lake.storage import Lake, replace_text
@@ -97,7 +98,8 @@ class Night:
     Attributes:
         candidates: rows of catalog_candidate, all of them.
         counts: products, queries, what of them is new, candidates by source.
-        keys: of the candidates that have texts, with their addresses, the most valuable first.
+        keys: of the candidates that have texts and that no human row of the ledger is about, with their addresses, the
+            most valuable first.
         waiting: those of them that the ledger does not hold, each text once.
         plan: what grading all of them would take.
         chosen: how many of them the budget allows.
@@ -158,6 +160,9 @@ def prepare(current: Run, texts: labelling.PairTexts, config: Config) -> Night:
     folder = labelling.labeller_folder(current.lake, config.inputs.labeller)
     keys = texts.keys(candidates.select([*labelling.PAIR, "relevance", "demand", "value", "sources"]))
     keys = addressed(keys, load_labeller_card(folder)).sort_by([("value", "descending"), ("address", "ascending")])
+    by_people = graded_by_people(current.lake, keys["query_hash"], keys["product_hash"])
+    counts["graded_by_people"] = int(by_people.sum())
+    keys = keys.filter(pa.array(~by_people, pa.bool_()))
     waiting = waiting_pairs(current.lake, keys)
     whole = cost.plan_cost(current, waiting, texts, folder, config.placement.label)
     budget = config.recipe.budget

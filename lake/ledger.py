@@ -143,6 +143,17 @@ def newest_of_pairs(lake: Lake, query_hashes: pa.ChunkedArray, product_hashes: p
     return [newest[key][1] if key in newest else None for key in keys]
 
 
+def graded_by_people(lake: Lake, query_hashes: pa.ChunkedArray, product_hashes: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """Which pairs of texts have a human row."""
+    keys = list(zip(query_hashes.to_pylist(), product_hashes.to_pylist(), strict=True))
+    if not tables.exists(lake, PAIR_GRADE):
+        return np.zeros(len(keys), dtype=bool)
+    names = ["query_hash", "product_hash"]
+    human = tables.rows(lake, PAIR_GRADE, columns=names, where=[("judge", "=", "human")])
+    held = set(zip(*(human[name].to_pylist() for name in names), strict=True))
+    return np.fromiter((key in held for key in keys), bool, len(keys))
+
+
 def compact(lake: Lake, from_files: int = COMPACT_FROM_FILES) -> int:
     """Joins the ledger's small files where there are many; rows, addresses and history stay. Returns files removed.
 

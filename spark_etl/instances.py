@@ -17,6 +17,8 @@ from spark_etl.recipes import InstancesRecipe
 
 PAIR = ("dataset", "query_id", "product_id")
 QUERY_KEY = ("dataset", "query_id")
+CONSENSUS = "consensus"
+"""Who judged in the ledger's human rows that are no expert's verdict."""
 PRECEDENCE = ("expert", "human", "annotated", "sampled", "engagement", "mined")
 """Which source gives a pair's grade, and its name in `sources`, where there are several."""
 
@@ -59,14 +61,19 @@ def build_instances(tables: Mapping[str, DataFrame], recipe: InstancesRecipe) ->
 
 
 def newest_grades(ledger: DataFrame, recipe: InstancesRecipe) -> DataFrame:
-    """The newest grade of each pair of texts, of the recipe's labeller if it names one, if probable enough."""
-    rows = ledger.where(sf.col("labeller") == recipe.labeller) if recipe.labeller else ledger
-    age = sf.row_number().over(
-        Window.partitionBy("query_hash", "product_hash").orderBy(sf.desc("created_at"), "address")
+    """The grade of each pair of texts: an expert's, else people's consensus, else the labeller's, each the newest.
+
+    Of labellers only the recipe's counts if it names one, and only where its grade is probable enough.
+    """
+    is_human, is_expert = sf.col("judge") == "human", sf.col("labeller") != CONSENSUS
+    rows = ledger.where(is_human | (sf.col("labeller") == recipe.labeller)) if recipe.labeller else ledger
+    order = Window.partitionBy("query_hash", "product_hash").orderBy(
+        sf.desc(is_human), sf.desc(is_human & is_expert), sf.desc("created_at"), "address"
     )
     probability = sf.element_at(sf.array("p0", "p1", "p2"), sf.col("grade").cast("int") + 1)
-    newest = rows.withColumn("age", age).where("age = 1").where(probability >= recipe.min_grade_probability)
-    return newest.select("query_hash", "product_hash", "grade")
+    newest = rows.withColumn("age", sf.row_number().over(order)).where("age = 1")
+    is_sure = is_human | (probability >= recipe.min_grade_probability)
+    return newest.where(is_sure).select("query_hash", "product_hash", "grade")
 
 
 def keep_by_band(mined: DataFrame) -> DataFrame:

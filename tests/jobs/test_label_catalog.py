@@ -11,7 +11,7 @@ from embeddings.candidates import CandidateRecipe
 from embeddings.encoder import build_encoder, save_encoder
 from embeddings.recipes import EncoderRecipe
 from embeddings.text import TextRecipe
-from jobs import cost, label_catalog, label_pairs
+from jobs import cost, label_catalog, label_pairs, record_human_grades
 from jobs.cost import CostPlan
 from jobs.embed_catalog import EmbedPlacement
 from jobs.label_catalog import Budget, CatalogRecipe, Placement
@@ -102,6 +102,16 @@ def test_a_changed_product_is_graded_again_and_its_row_names_none_of_the_old_tex
     graded = tables.rows(seen, PAIR_GRADE, where=[("run_id", "=", record.run_id)])
     assert set(graded["product_id"].to_pylist()) == {"p5"}
     assert set(graded["product_hash"].to_pylist()) == {"changed"}
+
+
+def test_pairs_that_people_have_graded_are_not_asked(seen, labeller, encoder):
+    record_human_grades.run(record_human_grades.Config(lake=seen.root))
+    record = label_catalog.run(config_of(seen, labeller, encoder))
+    assert record.counts["graded_by_people"] > 0
+    assert record.counts["graded_by_people"] + record.counts["asked"] <= record.counts["candidates"]
+    rows = tables.rows(seen, PAIR_GRADE).to_pylist()
+    texts = [(row["query_hash"], row["product_hash"]) for row in rows]
+    assert len(set(texts)) == len(texts)
 
 
 def test_a_budget_takes_the_most_valuable_pairs_and_the_rest_waits_for_the_next_night(seen, labeller, encoder):

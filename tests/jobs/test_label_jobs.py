@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from embeddings.injections import ATTACKS
 from embeddings.labeller import LabellerRecipe, export_labeller, load_labeller_card, save_labeller
 from embeddings.labeller_evaluation import JudgeRecipe
 from embeddings.labeller_model import load_labeller, plain_probabilities
-from jobs import evaluate_labeller, label_file, label_pairs, tune_labeller
+from jobs import evaluate_labeller, explain, label_file, label_pairs, record_human_grades, tune_labeller
 from jobs.job import GateError
 from lake import tables
 from lake.schemas import (
+    AUDIT_VERDICT,
     CANDIDATE_PAIR,
     CATALOG_PRODUCT,
     LABELLER_EVALUATION,
@@ -404,3 +406,26 @@ def test_a_file_without_a_title_ends_in_one_sentence(lake, labeller, tmp_path):
         label_file.run(label_file.Config(lake=lake.root, out=str(tmp_path / "out.csv"), inputs=inputs))
     with pytest.raises(ConfigError, match="expected a name that ends in"):
         label_file.run(label_file.Config(lake=lake.root, out="out.xls", inputs=inputs))
+
+
+def test_people_s_grades_stand_in_the_ledger_once_and_name_what_they_supersede(shop, labeller):
+    put(shop, CANDIDATE_PAIR, [{"dataset": "s", "query_id": "q1", "product_id": "p1", "source": "annotated"}])
+    label_pairs.run(config_of(shop, labeller))
+    verdict = {"dataset": "s", "query_id": "q1", "product_id": "p1", "grade": 0, "expert": "eva"}
+    put(shop, AUDIT_VERDICT, [verdict | {"decided_at": datetime(2026, 1, 1, tzinfo=UTC)}])
+    config = record_human_grades.Config(lake=shop.root, inputs=record_human_grades.Inputs(audit_verdict="newest"))
+
+    record = record_human_grades.run(config)
+
+    # 12 queries of 4 products, of which two share their texts and here their marks, and one verdict
+    assert record.counts == {"grades": 37, "reused": 0, "written": 37}
+    facts = explain.explain(shop, "q1", "p1")["pair_grade"]
+    by_who = {row["labeller"]: row for row in facts}
+    first = by_who[load_labeller_card(labeller).fingerprint]
+    assert first["judge"] == "labeller"
+    assert by_who["eva"]["grade"] == 0
+    assert (by_who["eva"]["p0"], by_who["eva"]["judge"]) == (1.0, "human")
+    assert by_who["consensus"]["supersedes"] == first["address"]
+    assert by_who["eva"]["supersedes"] == by_who["consensus"]["address"]
+    assert [row["is_newest"] for row in facts] == [False, False, True]
+    assert record_human_grades.run(config).counts == {"grades": 37, "reused": 37, "written": 0}

@@ -11,14 +11,15 @@ from tests.fakes import shares
 SHARES = "at_least_1 double, at_least_2 double"
 PAIR = "dataset string, query_id string, product_id string"
 LEDGER = "address string, query_hash string, product_hash string, grade tinyint, p0 double, p1 double, p2 double"
-LEDGER += ", labeller string, created_at timestamp"
+LEDGER += ", labeller string, created_at timestamp, judge string"
 
 
-def grade_row(query, product, grade, *, labeller="new", day=1, probability=0.8):
+def grade_row(query, product, grade, *, labeller="new", day=1, probability=0.8, judge="labeller"):
     rest = [(1 - probability) / 2] * 3
     rest[grade] = probability
     when = datetime(2026, 1, day, tzinfo=UTC)
-    return (f"{query}{product}{labeller}{day}", f"hash of {query}", f"hash of {product}", grade, *rest, labeller, when)
+    address = f"{query}{product}{labeller}{day}"
+    return (address, f"hash of {query}", f"hash of {product}", grade, *rest, labeller, when, judge)
 
 
 def tables_of(spark, *, consensus, verdicts=(), candidates=(), ledger=(), mined=()):
@@ -133,3 +134,21 @@ def test_a_full_instance_keeps_human_grades_first(spark):
     (instance,) = built(tables, InstancesRecipe(max_products_per_query=3)).values()
     assert len(instance) == 3
     assert [row for row in instance if row[2] == "human"] == [("p6", 2, "human"), ("p7", 1, "human")]
+
+
+def test_what_people_said_of_the_same_texts_goes_before_every_labeller(spark):
+    human = {"judge": "human", "probability": 0.4}
+    ledger = [
+        grade_row("shoe", "p1", 0, day=9),
+        grade_row("shoe", "p1", 1, labeller="consensus", day=3, **human),
+        grade_row("shoe", "p1", 2, labeller="eva", day=2, **human),
+        grade_row("shoe", "p2", 0, day=9),
+        grade_row("shoe", "p2", 1, labeller="consensus", day=1, **human),
+    ]
+    candidates = [("q1", "p1", "sampled"), ("q1", "p2", "sampled")]
+    tables = tables_of(spark, consensus=[("q1", "p0", 0)], candidates=candidates, ledger=ledger)
+
+    recipe = InstancesRecipe(labeller="new", min_grade_probability=0.9)
+
+    expected = [("p0", 0, "human"), ("p1", 2, "sampled"), ("p2", 1, "sampled")]
+    assert built(tables, recipe)["q1"] == expected
