@@ -21,7 +21,7 @@ from conf.load import ConfigError, describe, fingerprint, list_settings, load_jo
 from lake import runs
 from lake.runs import Inputs, Run, RunRecord
 from lake.schemas import TABLES
-from lake.storage import Lake
+from lake.storage import FULL, Lake
 
 DONE, FAILED, BAD_USAGE, GATE_SAID_NO = 0, 1, 2, 3
 DEFAULT_LAKE = ".assay/demo"
@@ -206,6 +206,11 @@ def one_sentence(error: BaseException) -> str:
         return f"{error.name} is not installed; install the extra of assay that brings it"
     cause = getattr(error, "cause", None)
     text = str(cause if isinstance(cause, BaseException) else error)
+    if any(part in text for part in FULL):
+        return (
+            "the disk is full; what was written before stays and nothing half-written is visible: make room and give "
+            "the same command again, which goes on where this one stopped"
+        )
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith((" ", "\t"))]
     if not lines:
         return type(error).__name__

@@ -19,7 +19,9 @@ log = logging.getLogger(__name__)
 PATIENCE_SEC = 180.0
 """How long a storage that fails is tried again before a run gives up."""
 FIRST_WAIT_SEC, LONGEST_WAIT_SEC = 0.2, 10.0
-LASTING = ("No space left", "Permission denied", "Read-only file system", "Disk quota exceeded", "Not a directory")
+FULL = ("No space left", "Disk quota exceeded")
+"""What engines say of a full disk, each in a message of its own."""
+LASTING = (*FULL, "Permission denied", "Read-only file system", "Not a directory")
 """What the messages of failures say that waiting does not mend."""
 
 P = ParamSpec("P")

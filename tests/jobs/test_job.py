@@ -145,6 +145,19 @@ def test_what_an_engine_raises_is_one_sentence_too(capsys):
     assert capsys.readouterr().err == "assay: [NO_TABLE] there is no such table\n"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), OSError("Generic LocalFileSystem error\n  No space left on device")],
+)
+def test_a_full_disk_names_the_remedy(capsys, error):
+    def action():
+        raise error
+
+    assert job.guarded(action) == job.FAILED
+    assert "the disk is full" in (said := capsys.readouterr().err)
+    assert "make room" in said
+
+
 def test_a_missing_package_names_the_remedy(capsys):
     def action():
         raise ModuleNotFoundError("No module named 'faiss'", name="faiss")

@@ -1,11 +1,12 @@
 import os
+import re
 import stat
 from datetime import UTC, datetime
 
 import pyarrow as pa
 import pytest
 
-from lake import tables
+from lake import storage, tables
 from lake.schemas import CANDIDATE_PAIR, MINED_PAIR, PAIR_GRADE, QUARANTINE
 from lake.storage import Lake, LakeError, atomic_folder
 
@@ -133,3 +134,38 @@ def test_an_atomic_folder_appears_whole_or_not_at_all(tmp_path):
     with atomic_folder(str(target)) as scratch:
         (scratch / "whole").write_text("x")
     assert [path.name for path in target.iterdir()] == ["whole"]
+
+
+def failing_first(monkeypatch, error, times):
+    """Makes the resolving of storage options fail so often; returns the pauses between the tries."""
+    left, pauses = [error] * times, []
+
+    def options(self):
+        if left:
+            raise left.pop()
+        return {}
+
+    monkeypatch.setattr(Lake, "storage_options", property(options))
+    monkeypatch.setattr(storage.time, "sleep", pauses.append)
+    return pauses
+
+
+def test_a_failing_storage_is_tried_again_with_growing_pauses(lake, monkeypatch):
+    pauses = failing_first(monkeypatch, OSError("connection refused"), 7)
+    tables.append_once(lake, QUARANTINE, rejected(0), run_id="r", part="0")
+    assert pauses == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0]
+    assert tables.rows(lake, QUARANTINE).num_rows == 1
+
+
+def test_a_storage_that_fails_for_too_long_and_what_waiting_does_not_mend_are_raised(lake, monkeypatch):
+    pauses = failing_first(monkeypatch, OSError("connection refused"), 1)
+    monkeypatch.setattr(storage, "PATIENCE_SEC", -1.0)
+    with pytest.raises(OSError, match="connection refused"):
+        tables.exists(lake, QUARANTINE)
+    monkeypatch.undo()
+    full = OSError("Generic LocalFileSystem error\n  No space left on device")
+    for error in (PermissionError(13, "no"), OSError("Read-only file system"), full):
+        pauses = failing_first(monkeypatch, error, 1)
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            tables.exists(lake, QUARANTINE)
+    assert pauses == []
