@@ -36,28 +36,7 @@ from lake.schemas import CANDIDATE_PAIR, CATALOG_PRODUCT, PAIR_GRADE, QUERY, Tab
 from lake.storage import Lake
 from ray_apps.placements import LabelPlacement
 
-WORDS = [
-    "red",
-    "blue",
-    "green",
-    "steel",
-    "oak",
-    "lamp",
-    "shoe",
-    "table",
-    "drill",
-    "hose",
-    "chair",
-    "paint",
-    "kettle",
-    "bolt",
-    "shelf",
-    "rug",
-    "fan",
-    "pump",
-    "door",
-    "lock",
-]
+WORDS = ("red", "blue", "green", "steel", "oak", "lamp", "shoe", "table", "drill", "hose", "chair", "paint", "kettle")
 APPEND_ROWS, ASKED = 10_000, 100_000
 FILL_ROWS = 500_000
 
