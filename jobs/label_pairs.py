@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from conf.load import meaning, settings
 from embeddings.anchors import AnchorRecipe, drift_sentence, measure_drift, read_anchors
-from embeddings.calibration import probabilities_of
+from embeddings.calibration import grades_of, probabilities_of
 from embeddings.labeller import LabellerCard, load_labeller_card
 from jobs import job, labelling
 from lake import tables
@@ -196,7 +196,9 @@ def append(current: Run, card: LabellerCard, part: pa.Table) -> int:
         "run_id": current.run_id,
     }
     rows = part.select(["address", *labelling.PAIR, "query_hash", "product_hash", "p0", "p1", "p2"])
-    rows = rows.append_column("grade", pa.array(probability_N3.argmax(axis=1), pa.int8()))
+    rows = rows.append_column(
+        "grade", pa.array(grades_of(card.calibrations, [""] * len(rows), probability_N3), pa.int8())
+    )
     for name, value in constant.items():
         rows = rows.append_column(name, pa.array([value] * len(rows), pa.string()))
     written = pa.array([datetime.now(UTC)] * len(rows), pa.timestamp("us", tz="UTC"))
