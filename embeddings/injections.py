@@ -13,7 +13,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from embeddings.labeller_metrics import bootstrap_queries, expected_grade
+from embeddings.calibration import expected_grade
+from embeddings.labeller_metrics import bootstrap_queries
 from embeddings.metrics import Interval
 
 HARMLESS: Final = (

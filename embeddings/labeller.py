@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from conf.load import ConfigError, meaning, settings, validate
 from embeddings.anchors import ANCHOR_FILE, write_anchors
-from embeddings.calibration import Calibration
+from embeddings.calibration import Calibration, Decision
 from embeddings.guideline import (
     Guideline,
     LabellerKind,
@@ -92,6 +92,12 @@ class LabellerRecipe:
         Literal["none", "balanced"], meaning("balanced weighs grades by inverse frequency and distorts probabilities")
     ] = "none"
     keep_epoch: Annotated[Literal["best", "last"], meaning("best: by quadratic kappa on validation queries")] = "best"
+    decision: Annotated[
+        Decision,
+        meaning(
+            "a judged pair's grade: by cuts that give grades at people's rates, or the most probable, oftener right"
+        ),
+    ] = "rates"
     folds: Annotated[
         int, meaning("labellers tuned besides, each without one part of the train queries, which it grades", ge=0)
     ] = 0
@@ -316,6 +322,7 @@ def _readme(card: LabellerCard) -> str:
             f"Calibrate by `calibrations` of {CARD_FILE}, one for the judged pairs of each data set, '' for any other",
             "pairs: divide log probabilities by `temperature`, add `bias`, normalise; then map P(grade >= 1) through",
             "the knots of `relevant` and P(grade 2 given grade >= 1) through those of `exact`, straight lines between.",
+            "The grade is the number of `cuts` that the expected grade reaches; without cuts, the most probable one.",
             f"Fingerprint {card.fingerprint}, prompt {card.prompt}.",
             "",
             "Fitted on calibration queries, measured on test queries; `ece` is the expected calibration error.",

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conf.load import meaning, settings
+from embeddings.calibration import expected_grade
 from embeddings.labeller_metrics import (
     bootstrap_queries,
     calibration_floor,
-    expected_grade,
     fit_line,
     labeller_metrics,
     reliability,
@@ -82,11 +82,14 @@ class MeasuredSlice:
     reliability: list[tuple[float, float, int]]
 
 
-def measure_judge(probability_N3: NDArray[np.floating], pairs: GradedPairs, recipe: JudgeRecipe) -> list[MeasuredSlice]:
+def measure_judge(
+    probability_N3: NDArray[np.floating], answered_N: NDArray[np.integer], pairs: GradedPairs, recipe: JudgeRecipe
+) -> list[MeasuredSlice]:
     """A judge on all test pairs and on every slice that is large enough.
 
     Args:
         probability_N3: calibrated probabilities of all pairs.
+        answered_N: the judge's grades of them.
         pairs: their human grades. The root mean square error is that of the line from expected grade to raters' mean
             which fits the calibration pairs best.
         recipe: intervals and slices.
@@ -104,7 +107,7 @@ def measure_judge(probability_N3: NDArray[np.floating], pairs: GradedPairs, reci
 
         def measure(drawn: NDArray[np.int64], rows: NDArray[np.intp] = rows) -> dict[str, float]:
             chosen = rows[drawn]
-            found = labeller_metrics(probability_N3[chosen], pairs.grade_N[chosen])
+            found = labeller_metrics(probability_N3[chosen], answered_N[chosen], pairs.grade_N[chosen])
             return found | ({"rmse": root_mean_square(error_N[chosen])} if error_N.size else {})
 
         probability, grade = probability_N3[rows], pairs.grade_N[rows]
@@ -115,7 +118,7 @@ def measure_judge(probability_N3: NDArray[np.floating], pairs: GradedPairs, reci
                 num_queries=len(np.unique(pairs.query_N[rows])),
                 metrics=bootstrap_queries(measure, pairs.query_N[rows], resamples=recipe.resamples, seed=recipe.seed),
                 ece_floor=calibration_floor(probability, seed=recipe.seed),
-                confusion=labeller_agreement(grade, probability.argmax(axis=1))["confusion"],
+                confusion=labeller_agreement(grade, answered_N[rows])["confusion"],
                 reliability=reliability(probability, grade),
             )
         )

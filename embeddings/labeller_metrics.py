@@ -1,6 +1,6 @@
 """How well a labeller's probabilities agree with people: grades, order, and how far the probabilities can be believed.
 
-All are of pairs whose human grade is known. Grades are the most probable ones; order is by the expected grade;
+All are of pairs whose human grade is known. Order is by the expected grade, sureness of the most probable one;
 intervals come from resampling queries, since the pairs of a query resemble each other.
 """
 
@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from embeddings.calibration import expected_grade
 from embeddings.metrics import Interval, labeller_agreement, percentile_interval
 from embeddings.separation import GRADE_PAIRS, auc
 
@@ -21,23 +22,20 @@ NUM_BINS: Final = 10
 NUM_FLOOR_DRAWS: Final = 100
 
 
-def expected_grade(probability_N3: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Mean of the grade under each distribution, in [0, 2]."""
-    return np.asarray(probability_N3.astype(np.float64) @ np.array([0.0, 1.0, 2.0]))
-
-
-def labeller_metrics(probability_N3: NDArray[np.floating], grade_N: NDArray[np.integer]) -> dict[str, float]:
+def labeller_metrics(
+    probability_N3: NDArray[np.floating], answered_N: NDArray[np.integer], grade_N: NDArray[np.integer]
+) -> dict[str, float]:
     """Agreement of calibrated probabilities with human grades; what the grades present do not define is left out.
 
-    Keys: `accuracy`, `within_1`, `quadratic_weighted_kappa`, `macro_f1` of the most probable grades; `recall_0` and
+    Keys: `accuracy`, `within_1`, `quadratic_weighted_kappa`, `macro_f1` of the answered grades; `recall_0` and
     `precision_0` of grade 0 among them; `auc_2v1`, `auc_1v0`, `auc_2v0` of the expected grade, pooled;
     `ece` (`calibration_error`); `nll`, mean of -log of the human grade's probability, in nats.
 
     Raises:
         ValueError: no pairs.
     """
-    predicted_N, expected_N = probability_N3.argmax(axis=1), expected_grade(probability_N3)
-    agreement = labeller_agreement(grade_N, predicted_N)
+    expected_N = expected_grade(probability_N3)
+    agreement = labeller_agreement(grade_N, answered_N)
     confusion = np.array(agreement["confusion"])
     found = {name: agreement[name] for name in ("accuracy", "within_1", "quadratic_weighted_kappa")}
     found["macro_f1"] = _macro_f1(confusion)

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embeddings import report as page
+from embeddings.calibration import expected_grade
 from embeddings.labeller_evaluation import GradedPairs, MeasuredSlice
-from embeddings.labeller_metrics import expected_grade
 from embeddings.metrics import Interval
 
 Shifts = dict[str, tuple[dict[str, Interval], int]]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from conf.load import ConfigError, meaning, settings
 from embeddings import injections
+from embeddings.calibration import Calibration, grades_of, query_weights, rate_cuts
 from embeddings.labeller import load_labeller_card
 from embeddings.labeller_evaluation import (
     GradedPairs,
@@ -41,6 +42,9 @@ from ray_apps.placements import LabelPlacement
 log = logging.getLogger(__name__)
 
 MEASURED_SPLITS = ("calibration", "test")
+
+Judged = tuple[NDArray[np.float64], NDArray[np.int64]]
+"""Calibrated probabilities of pairs, [N, 3], and their grades, [N]."""
 
 
 @settings
@@ -102,15 +106,18 @@ def run(config: Config) -> RunRecord:
     graded, rows_of = _graded_pairs(pairs), _rows_by_dataset(pairs)
     answered = {name: _labeller_probabilities(pairs, folder, config) for name, folder in labellers.items()}
     answers = {(dataset, name): found[rows] for dataset, rows in rows_of.items() for name, found in answered.items()}
-    judges = dict(answers)
+    judges: dict[tuple[str, str], Judged] = {}
+    for (dataset, name), answer_N3 in answers.items():
+        calibrations = load_labeller_card(labellers[name]).calibrations
+        judges[dataset, name] = answer_N3, grades_of(calibrations, [dataset] * len(answer_N3), answer_N3)
     for name, folder in encoders.items():
         score_N = _cosines(pairs, folder)
         for dataset, rows in rows_of.items():
             judges[dataset, f"cosine of {name}"] = _by_score(score_N[rows], graded[dataset])
     for dataset, own in graded.items():
-        rates = train_grades.get(dataset, own.grade_N[~own.is_test_N])
-        judges[dataset, "commonest grade"] = rate_probabilities(rates, len(own.grade_N))
-    found = {key: measure_judge(answer, graded[key[0]], config.recipe.judges) for key, answer in judges.items()}
+        rates = rate_probabilities(train_grades.get(dataset, own.grade_N[~own.is_test_N]), len(own.grade_N))
+        judges[dataset, "commonest grade"] = rates, rates.argmax(axis=1)
+    found = {key: measure_judge(*judged, graded[key[0]], config.recipe.judges) for key, judged in judges.items()}
     shifts = {key: _injected(pairs.take(rows_of[key[0]]), labellers[key[1]], config) for key in answers}
     page = f"reports/labeller-{current.fingerprint}.html"
     subtitle = f"run {current.run_id}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, split test"
@@ -251,10 +258,12 @@ def _cosines(pairs: pa.Table, folder: str) -> NDArray[np.float64]:
     return pair_cosines(queries, products, model).astype(np.float64)
 
 
-def _by_score(score_N: NDArray[np.float64], pairs: GradedPairs) -> NDArray[np.float64]:
-    """Probabilities that a score stands for by the calibration pairs; without any, by the test pairs, in its favour."""
+def _by_score(score_N: NDArray[np.float64], pairs: GradedPairs) -> Judged:
+    """What a score stands for by the calibration pairs; without any, by the test pairs, in its favour."""
     fitted_N = ~pairs.is_test_N if not pairs.is_test_N.all() else pairs.is_test_N
-    return score_probabilities(score_N[fitted_N], pairs.grade_N[fitted_N], score_N)
+    probability_N3 = score_probabilities(score_N[fitted_N], pairs.grade_N[fitted_N], score_N)
+    weight_N = query_weights(pairs.query_N[fitted_N].tolist())
+    return probability_N3, Calibration(cuts=rate_cuts(probability_N3[fitted_N], weight_N)).grades(probability_N3)
 
 
 def _write(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from conf.load import meaning, settings
 from embeddings.anchors import AnchorRecipe, drift_sentence, measure_drift, read_anchors
-from embeddings.calibration import PROBABILITIES, probabilities_of
+from embeddings.calibration import PROBABILITIES, grades_of, probabilities_of
 from embeddings.labeller import LabellerCard, load_labeller_card
 from jobs import job, labelling
 from lake import ledger, tables
@@ -294,7 +294,7 @@ def _write(
     good, probability_N3 = keys.filter(pa.array(is_good_N)), probabilities_of(answers)[is_good_N]
     if not len(good):
         return
-    grade_N = probability_N3.argmax(axis=1)
+    grade_N = grades_of(card.calibrations, [""] * len(good), probability_N3)
     found.abstained += int((expected_squared_error(probability_N3, grade_N) > recipe.abstain_risk).sum())
     columns = {name: good[name] for name in (*LEDGER_KEYS, "supersedes")}
     columns |= {name: pa.array(probability_N3[:, place]) for place, name in enumerate(PROBABILITIES)}

@@ -16,6 +16,8 @@ from pyarrow import csv as arrow_csv
 from pyarrow import parquet
 
 from conf.load import ConfigError, meaning, settings
+from embeddings.calibration import grades_of
+from embeddings.labeller import load_labeller_card
 from jobs import job, labelling, models
 from lake.runs import RunRecord
 from ray_apps.placements import LabelPlacement
@@ -79,7 +81,8 @@ def run(config: Config) -> RunRecord:
         probability_N3[rows] = labelling.graded_in_order(asked, folder, config.placement)
     for row in rows[np.isnan(probability_N3[rows]).any(axis=1)]:
         reasons[row] = "the labeller gave no probabilities"
-    write_pairs(with_grades(table, probability_N3, reasons, unread), config.out)
+    grade_N = grades_of(load_labeller_card(folder).calibrations, [config.inputs.dataset] * len(table), probability_N3)
+    write_pairs(with_grades(table, probability_N3, grade_N, reasons, unread), config.out)
     num_refused = sum(reason is not None for reason in reasons) + len(unread)
     num_rows = len(table) + len(unread)
     counts = {"rows": num_rows, "labelled": num_rows - num_refused, "rejected": num_refused}
@@ -216,15 +219,18 @@ def _refusal(row: dict[str, str | None], recipe: FileRecipe) -> str | None:
 
 
 def with_grades(
-    table: pa.Table, probability_N3: NDArray[np.float64], reasons: list[str | None], unread: list[str]
+    table: pa.Table,
+    probability_N3: NDArray[np.float64],
+    grade_N: NDArray[np.int64],
+    reasons: list[str | None],
+    unread: list[str],
 ) -> pa.Table:
     """The rows with their grades; what could not be read stands last, with nothing but the reason.
 
     The column reason is there only where a row needs one.
     """
     missing_N = np.isnan(probability_N3).any(axis=1)
-    best_N = np.where(missing_N, 0, np.nan_to_num(probability_N3).argmax(axis=1))
-    table = table.append_column("grade", pa.array(best_N, pa.int8(), mask=missing_N))
+    table = table.append_column("grade", pa.array(grade_N, pa.int8(), mask=missing_N))
     for grade in range(3):
         table = table.append_column(f"p{grade}", pa.array(probability_N3[:, grade], pa.float64(), mask=missing_N))
     if any(reasons) or unread:

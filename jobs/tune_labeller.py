@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from conf.load import settings
 from embeddings.anchors import choose_anchors
-from embeddings.calibration import calibrate, fit_calibrations
+from embeddings.calibration import calibrate, fit_calibrations, grades_of
 from embeddings.guideline import ProductFields, labeller_product_text
 from embeddings.labeller import LabellerCard, LabellerRecipe, save_labeller
 from embeddings.labeller_metrics import labeller_metrics
@@ -72,11 +72,19 @@ def run(config: Config) -> RunRecord:
     probability_N3, grade_N = tuned.probability_N3[: len(human)], human["grade"].to_numpy()
     datasets, split_N = human["dataset"].to_pylist(), human["split"].to_numpy()
     fitted = np.flatnonzero(split_N == "calibration")
-    calibrations = fit_calibrations(probability_N3[fitted], grade_N[fitted], [datasets[row] for row in fitted])
+    keys = human.take(fitted)
+    calibrations = fit_calibrations(
+        probability_N3[fitted],
+        grade_N[fitted],
+        keys["dataset"].to_pylist(),
+        keys["query_id"].to_pylist(),
+        recipe.decision,
+    )
     metrics: dict[str, float] = {"best_epoch": tuned.best_epoch}
     if (test_N := split_N == "test").any():
         calibrated_N3 = calibrate(calibrations, datasets, probability_N3)
-        metrics |= labeller_metrics(calibrated_N3[test_N], grade_N[test_N])
+        answered_N = grades_of(calibrations, datasets, calibrated_N3)
+        metrics |= labeller_metrics(calibrated_N3[test_N], answered_N[test_N], grade_N[test_N])
         # the three numbers of the report are those of the grades that the ledger will hold: a temperature changes none
         metrics |= agreement("", grade_N[test_N], probability_N3[test_N].argmax(axis=1)) | baselines(human, recipe)
     folder = f"models/labeller/{current.fingerprint}"

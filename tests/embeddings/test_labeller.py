@@ -57,6 +57,11 @@ def trainer_of(recipe, encoder, pairs):
     return LabellerTrainer(build_labeller(recipe, encoder, device="cpu"), pairs, SHARES, recipe)
 
 
+def nll(model, pairs):
+    probability_N3 = plain_probabilities(model, pairs)
+    return labeller_metrics(probability_N3, probability_N3.argmax(axis=1), np.array(GRADES))["nll"]
+
+
 def test_a_long_product_is_cut_and_the_query_and_the_prompts_end_are_not(tmp_path):
     for kind in ("classifier", "generative"):
         _, encoder, _ = build(tmp_path / kind, kind)
@@ -113,7 +118,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one_and_learns(tmp_p
     changes = {"epochs": 4} if kind == "classifier" else {"epochs": 1, "batch_size": 12, "learning_rate": 1e-4}
     recipe, encoder, pairs = build(tmp_path, kind, **changes)
     whole = trainer_of(recipe, encoder, pairs)
-    untrained = labeller_metrics(plain_probabilities(whole.model, pairs), np.array(GRADES))["nll"]
+    untrained = nll(whole.model, pairs)
     while whole.step < whole.num_steps:
         whole.train_step()
     broken = trainer_of(recipe, encoder, pairs)
@@ -126,8 +131,25 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one_and_learns(tmp_p
 
     for name, weight in whole.weights().items():
         assert torch.equal(weight, resumed.weights()[name]), name
-    assert labeller_metrics(plain_probabilities(whole.model, pairs), np.array(GRADES))["nll"] < untrained
+    assert nll(whole.model, pairs) < untrained
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dropout", [None, 0.0])
+def test_a_step_in_bf16_keeps_bf16_between_layers_and_needs_no_flash_attention(tmp_path, dropout):
+    recipe, encoder, pairs = build(tmp_path, "classifier", deterministic=False, precision="bf16", dropout=dropout)
+    trainer = trainer_of(recipe, encoder, pairs)
+    given = []
+    last = [module for module in trainer.model.modules() if isinstance(module, torch.nn.LayerNorm)][-1]
+    last.register_forward_hook(lambda norm, taken, found: given.append(found.dtype))
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as watched:
+        trainer.train_step()
+    plain_probabilities(trainer.model, pairs)
+
+    assert given[0] == torch.bfloat16
+    assert set(given[1:]) == {torch.float32}
+    assert not [event.key for event in watched.key_averages() if "flash" in event.key]
 
 
 def test_a_checkpoint_of_other_pairs_is_refused(tmp_path):

@@ -26,12 +26,13 @@ def graded(num_pairs=2000, seed=0):
 
 def test_test_pairs_alone_are_measured_whole_and_by_slices_that_are_large_enough():
     probability_N3, pairs = graded()
+    answered_N = np.searchsorted([0.8, 1.2], probability_N3 @ [0, 1, 2])
 
-    whole, half = measure_judge(probability_N3, pairs, RECIPE)
+    whole, half = measure_judge(probability_N3, answered_N, pairs, RECIPE)
 
     assert (whole.name, whole.num_pairs, whole.num_queries) == ("", 1500, 75)
     assert (half.name, half.num_pairs) == ("half", 750)
-    right = probability_N3.argmax(axis=1) == pairs.grade_N
+    right = answered_N == pairs.grade_N
     assert whole.metrics["accuracy"].mean == pytest.approx(right[500:].mean())
     assert sum(map(sum, whole.confusion)) == 1500
     assert sum(pairs for _, _, pairs in whole.reliability) == 1500
@@ -43,13 +44,14 @@ def test_rmse_is_that_of_the_line_through_the_calibration_pairs():
     expected_N = probability_N3 @ [0, 1, 2]
     design = np.stack([expected_N[:500], np.ones(500)], axis=1)
     line = np.linalg.lstsq(design, pairs.value_N[:500], rcond=None)[0]
+    answered_N = probability_N3.argmax(axis=1)
     off = expected_N[500:] * line[0] + line[1] - pairs.value_N[500:]
 
-    whole = measure_judge(probability_N3, pairs, RECIPE)[0]
+    whole = measure_judge(probability_N3, answered_N, pairs, RECIPE)[0]
 
     assert whole.metrics["rmse"].mean == pytest.approx(np.sqrt((off**2).mean()))
     one_rater = GradedPairs(pairs.grade_N, pairs.grade_N.astype(float), pairs.query_N, pairs.is_test_N, {})
-    assert "rmse" not in measure_judge(probability_N3, one_rater, RECIPE)[0].metrics
+    assert "rmse" not in measure_judge(probability_N3, answered_N, one_rater, RECIPE)[0].metrics
 
 
 def test_a_score_becomes_the_probabilities_it_stands_for():

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
+from embeddings.calibration import expected_grade
 from embeddings.labeller_metrics import (
     bootstrap_queries,
     calibration_error,
     calibration_floor,
-    expected_grade,
     labeller_metrics,
     reliability,
 )
@@ -20,9 +20,10 @@ def judged(num_pairs=3000, seed=0):
 
 def test_metrics_equal_those_of_scikit_learn():
     probability_N3, grade_N = judged()
-    predicted_N, expected_N = probability_N3.argmax(axis=1), probability_N3 @ [0, 1, 2]
+    expected_N = probability_N3 @ [0, 1, 2]
+    predicted_N = np.searchsorted([0.7, 1.4], expected_N)
 
-    found = labeller_metrics(probability_N3, grade_N)
+    found = labeller_metrics(probability_N3, predicted_N, grade_N)
 
     assert found["accuracy"] == pytest.approx(reference.accuracy_score(grade_N, predicted_N))
     assert found["macro_f1"] == pytest.approx(reference.f1_score(grade_N, predicted_N, average="macro"))
@@ -38,7 +39,7 @@ def test_metrics_equal_those_of_scikit_learn():
 
 def test_grades_that_nobody_gave_define_no_metric():
     probability_N3, _ = judged(20)
-    found = labeller_metrics(probability_N3, np.ones(20, int))
+    found = labeller_metrics(probability_N3, np.zeros(20, int), np.ones(20, int))
     assert {"recall_0", "auc_2v1", "auc_1v0", "auc_2v0"}.isdisjoint(found)
 
 
@@ -65,7 +66,7 @@ def test_intervals_hold_the_value_and_widen_where_queries_are_few():
     probability_N3, grade_N = judged()
 
     def measure(rows):
-        return labeller_metrics(probability_N3[rows], grade_N[rows])
+        return labeller_metrics(probability_N3[rows], probability_N3[rows].argmax(axis=1), grade_N[rows])
 
     rows = np.arange(len(grade_N))
     many, few = (bootstrap_queries(measure, query_N, resamples=60, seed=0) for query_N in (rows // 3, rows // 300))
