@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,9 @@ ENGINE_STAGE = "vLLMEngineStage"
 CPU_HEAD_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Attention heads that vLLM 0.32 computes on a processor (its CPU_ATTN backend). It starts with others as well, and
 dies at the first pair."""
+CPU_BLOCK_TOKENS = 32
+"""Tokens of a block of the engine's cache on a processor: the fewest that CPU_ATTN takes. Only whole blocks are shared,
+so that under vLLM's own 128 up to 127 tokens of what all pairs begin with are computed for each."""
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -57,7 +60,11 @@ def chosen_engine(placement: LabelPlacement, num_pairs: int) -> Literal["vllm", 
 
 
 def label_pairs(
-    pairs: pa.Table, folder: str, placement: LabelPlacement, first: pa.Table | None = None
+    pairs: pa.Table,
+    folder: str,
+    placement: LabelPlacement,
+    first: pa.Table | None = None,
+    observe: Callable[[pa.Table], None] | None = None,
 ) -> Iterator[pa.Table]:
     """Calibrated probabilities of pairs, part by part as they come, in any order.
 
@@ -67,6 +74,8 @@ def label_pairs(
         folder: of the labeller.
         placement: engine and portions.
         first: pairs with the same columns that are asked before all others.
+        observe: is given what the vLLM engine's answers took, part by part: columns prompt_tokens, cached_tokens (of
+            these, not computed anew) and answered (seconds; nan of a classifier).
 
     Yields:
         Columns address, p0, p1, p2; all nan where the answer was no distribution.
@@ -80,6 +89,8 @@ def label_pairs(
         ordered = ordered.append_column("dataset", pa.array([""] * len(ordered), pa.string()))
     answers = _vllm_answers if chosen_engine(placement, len(ordered)) == "vllm" else _torch_answers
     for keys, probability_N3 in answers(ordered, folder, card, placement):
+        if observe is not None and COSTS[0] in keys.column_names:
+            observe(keys.select(COSTS))
         probability_N3[violations(probability_N3)] = np.nan
         calibrated_N3 = calibrate(card.calibrations, keys["dataset"].to_pylist(), probability_N3)
         done += len(keys)
@@ -91,6 +102,7 @@ def label_pairs(
 Answers = Iterator[tuple[pa.Table, NDArray[np.float64]]]
 """Parts of the pairs, columns address and dataset, with what the labeller answers before calibration, [N, 3]."""
 KEYS = ["address", "dataset"]
+COSTS = ["prompt_tokens", "cached_tokens", "answered"]
 
 
 def _torch_answers(pairs: pa.Table, folder: str, card: LabellerCard, placement: LabelPlacement) -> Answers:
@@ -103,11 +115,17 @@ def _torch_answers(pairs: pa.Table, folder: str, card: LabellerCard, placement: 
 
 
 def check_servable(folder: str, placement: LabelPlacement) -> None:
-    """Refuses a labeller that vLLM would start with and then die of.
+    """Refuses a labeller that vLLM would start with and then die of, and a placement it cannot be split over.
 
     Raises:
-        ConfigError: the engine is on a processor, and the model's attention heads have a width it cannot compute.
+        ConfigError: the engine is on a processor and is to be split, or the model's attention heads have a width it
+            cannot compute there, or they do not split over the graphics cards.
     """
+    if placement.tensor_parallel > 1 and not placement.use_gpu:
+        raise ConfigError(
+            f"placement.tensor_parallel={placement.tensor_parallel}: only graphics cards share an engine; "
+            "give placement.use_gpu=true, or more placement.num_engines"
+        )
     config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     heads = config.get("num_attention_heads")
     width = config.get("head_dim") or (config.get("hidden_size", 0) // heads if heads else None)
@@ -116,12 +134,18 @@ def check_servable(folder: str, placement: LabelPlacement) -> None:
             f"labeller={folder}: its attention heads are {width} wide, vLLM on a processor computes "
             f"{', '.join(map(str, CPU_HEAD_WIDTHS))}; give placement.engine=torch, or tune another backbone"
         )
+    if heads and heads % placement.tensor_parallel:
+        raise ConfigError(
+            f"placement.tensor_parallel={placement.tensor_parallel}: the {heads} attention heads of labeller={folder} "
+            "do not split evenly; give a divisor of them"
+        )
 
 
 def _vllm_answers(pairs: pa.Table, folder: str, card: LabellerCard, placement: LabelPlacement) -> Answers:
     check_servable(folder, placement)
     connect(placement.ray)
-    check_resources(placement.num_engines + 1, placement.num_engines * placement.use_gpu)
+    bundles = placement.num_engines * placement.tensor_parallel
+    check_resources(bundles + 1, bundles * placement.use_gpu)
     quiet_data()
     size = placement.batch_rows
     blocks = [pairs.slice(start, size) for start in range(0, len(pairs), size)]
@@ -132,7 +156,7 @@ def _vllm_answers(pairs: pa.Table, folder: str, card: LabellerCard, placement: L
     try:
         for batch in processor(encoded).iter_batches(batch_size=placement.part_rows, batch_format="pyarrow"):
             probability_N3 = np.array(batch["probability"].to_pylist(), dtype=np.float64).reshape(-1, 3)
-            yield batch.select(KEYS), probability_N3
+            yield batch.select(KEYS + COSTS), probability_N3
     except (RayActorError, RayTaskError) as error:
         died = error if isinstance(error, RayActorError) else error.cause
         if not isinstance(died, RayActorError):
@@ -149,20 +173,26 @@ def _processor(folder: str, card: LabellerCard, placement: LabelPlacement) -> An
         warnings.simplefilter("ignore")
         from ray.data.llm import build_processor
 
+        from ray_apps.engine_stage import CountingStage
+
         processor = build_processor(
             _engine_config(folder, card, placement),
             preprocess=partial(_request, grade_token_ids=card.grade_token_ids),
             postprocess=partial(_answer, grade_token_ids=card.grade_token_ids),
         )
     # Ray Data starts a dead actor again for ever and has no setting for it: a model that kills its engine would hang.
-    processor.get_stage_by_name(ENGINE_STAGE).map_batches_kwargs["max_restarts"] = placement.max_engine_restarts
+    stage = processor.get_stage_by_name(ENGINE_STAGE)
+    stage.map_batches_kwargs["max_restarts"] = placement.max_engine_restarts
+    # past the stage's validator, which would take its placement for unset the second time
+    object.__setattr__(stage, "fn", CountingStage)
     return processor
 
 
 def _engine_config(folder: str, card: LabellerCard, placement: LabelPlacement) -> Any:
     from ray.data.llm import vLLMEngineProcessorConfig
 
-    environment = dict(OFFLINE)
+    environment, engine = dict(OFFLINE), engine_arguments(card, placement)
+    bundle = {"CPU": 1, "GPU": 1} if placement.use_gpu else {"CPU": 1}
     if not placement.use_gpu:
         environment |= {
             "VLLM_CPU_KVCACHE_SPACE": str(placement.kv_cache_gib),
@@ -170,33 +200,44 @@ def _engine_config(folder: str, card: LabellerCard, placement: LabelPlacement) -
             "OMP_NUM_THREADS": str(placement.threads_per_engine),
             "OMP_WAIT_POLICY": "PASSIVE",
         }
-    generative: dict[str, Any] = {
-        # raw logprobs would be those before the mask: no distribution over the three grades
-        "logprobs_mode": "processed_logprobs",
-        "max_logprobs": 3,
-        "enable_prefix_caching": True,
-    }
     return vLLMEngineProcessorConfig(
         model_source=folder,
         task_type="classify" if card.kind == "classifier" else "generate",
-        engine_kwargs={
-            "dtype": "float32",
-            "max_model_len": card.max_tokens + (card.kind == "generative"),
-            "max_num_seqs": placement.max_num_seqs,
-            "enforce_eager": True,
-            "disable_log_stats": True,
-            **(generative if card.kind == "generative" else {}),
-        },
+        engine_kwargs=engine,
         batch_size=placement.batch_rows,
-        max_concurrent_batches=4,
+        max_concurrent_batches=placement.max_concurrent_batches,
         concurrency=placement.num_engines,
         runtime_env={"env_vars": environment},
-        placement_group_config={"bundles": [{"CPU": 1, "GPU": 1} if placement.use_gpu else {"CPU": 1}]},
+        placement_group_config={"bundles": [bundle] * placement.tensor_parallel},
         chat_template_stage=False,
         tokenize_stage=False,
         detokenize_stage=False,
         log_engine_metrics=False,
     )
+
+
+def engine_arguments(card: LabellerCard, placement: LabelPlacement) -> dict[str, Any]:
+    """What vLLM is started with; float32 and the mask's logprobs decide grades, the rest only speed."""
+    given: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": card.max_tokens + (card.kind == "generative"),
+        "max_num_seqs": placement.max_num_seqs,
+        "tensor_parallel_size": placement.tensor_parallel,
+        "enforce_eager": True,
+        "disable_log_stats": True,
+    }
+    if placement.max_num_batched_tokens is not None:
+        given["max_num_batched_tokens"] = placement.max_num_batched_tokens
+    if card.kind == "generative":
+        given |= {
+            # raw logprobs would be those before the mask: no distribution over the three grades
+            "logprobs_mode": "processed_logprobs",
+            "max_logprobs": 3,
+            "enable_prefix_caching": True,
+        }
+        if not placement.use_gpu:
+            given["block_size"] = CPU_BLOCK_TOKENS
+    return given
 
 
 @lru_cache(maxsize=1)
@@ -225,8 +266,14 @@ def _request(row: dict[str, Any], grade_token_ids: tuple[int, ...]) -> dict[str,
 
 
 def _answer(row: dict[str, Any], grade_token_ids: tuple[int, ...]) -> dict[str, Any]:
-    """Probabilities of a row the engine has answered; nan where a grade has none."""
-    return {name: row[name] for name in KEYS} | {"probability": list(_probability(row, grade_token_ids))}
+    """Probabilities of a row the engine has answered, nan where a grade has none; and what the answer took."""
+    cost = row.get("metrics") or {}
+    taken = {
+        "prompt_tokens": int(row.get("num_input_tokens") or 0),
+        "cached_tokens": int(cost.get("cached_tokens", 0)),
+        "answered": float(cost.get("answered", "nan")),
+    }
+    return {name: row[name] for name in KEYS} | taken | {"probability": list(_probability(row, grade_token_ids))}
 
 
 def _probability(row: dict[str, Any], grade_token_ids: tuple[int, ...]) -> tuple[float, ...]:
