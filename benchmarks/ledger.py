@@ -83,7 +83,9 @@ def stub(_folder: str, _card: LabellerCard, _placement: LabelPlacement) -> Calla
 
     def answer(batch: pa.Table) -> pa.Table:
         values = pa.array([[0.2, 0.3, 0.5]] * len(batch), pa.list_(pa.float64()))
-        return batch.drop_columns(["tokenized_prompt"]).append_column("probability", values)
+        cost = {"cached_tokens": pa.array([0] * len(batch)), "answered": pa.array([0.0] * len(batch))}
+        kept = {name: batch[name] for name in batch.column_names if name != "tokenized_prompt"}
+        return pa.table(kept | cost | {"probability": values})
 
     return lambda encoded: encoded.map_batches(answer, batch_format="pyarrow", batch_size=None)
 

@@ -62,7 +62,7 @@ def catalog_page(
     return page.render("Assay: the catalogue's grades", subtitle, [], "", sheets)
 
 
-RATES = ("pairs_per_sec", "tokens_per_sec", "tokens_per_pair", "start_sec")
+RATES = ("pairs_per_sec", "tokens_per_sec", "tokens_per_pair", "cached_tokens_per_pair", "start_sec")
 TOP = ["query", "product", "value", "grade", *PROBABILITIES]
 
 

@@ -111,11 +111,17 @@ def with_sample(keys: pa.Table, path: str) -> pa.Table:
     """
     sample, unread = read_pairs(path, required=(*labelling.PAIR, "grade"), taken=())
     given = [str(value).strip() if value is not None else "" for value in sample["grade"].to_pylist()]
-    wrong = [f"row {number}: {value!r}" for number, value in enumerate(given, start=1) if value not in ("", "0", "1", "2")]
+    wrong = [
+        f"row {number}: {value!r}" for number, value in enumerate(given, start=1) if value not in ("", "0", "1", "2")
+    ]
     if wrong or unread:
         raise ConfigError(f"inputs.file={path!r}: expected grades 0, 1, 2 or nothing, got {(wrong + unread)[0]}")
     names = [sample[name].cast(pa.string()).to_pylist() for name in labelling.PAIR]
-    grades = {pair: int(grade) for *pair_parts, grade in zip(*names, given, strict=True) if (pair := tuple(pair_parts)) and grade}
+    grades = {
+        pair: int(grade)
+        for *pair_parts, grade in zip(*names, given, strict=True)
+        if (pair := tuple(pair_parts)) and grade
+    }
     pairs = list(zip(*(keys[name].to_pylist() for name in labelling.PAIR), strict=True))
     found = pa.array([grades.get(pair) for pair in pairs], pa.int8())
     return keys.append_column("grade", found).filter(pc.is_valid(found))

@@ -72,7 +72,8 @@ class Graded:
         rejected: answers that were no distribution.
         doubles: rows that another run had written in the meantime.
         abstained: answers whose expected squared error is above the recipe's.
-        tokens: read by the engine.
+        tokens: of the pairs, as the model reads them.
+        cached_tokens: of these, not computed anew.
         start_sec: until its first answers.
         answer_sec: from those to its last.
         first_pairs: answers that came with the first.
@@ -85,6 +86,7 @@ class Graded:
     doubles: int = 0
     abstained: int = 0
     tokens: int = 0
+    cached_tokens: int = 0
     start_sec: float = 0.0
     answer_sec: float = 0.0
     first_pairs: int = 0
@@ -110,6 +112,7 @@ class Graded:
             "pairs_per_sec": self.pairs_per_sec,
             "tokens_per_sec": self.pairs_per_sec * self.tokens / self.asked,
             "tokens_per_pair": self.tokens / self.asked,
+            "cached_tokens_per_pair": self.cached_tokens / self.asked,
             "start_sec": self.start_sec,
             "engine_hours": seconds * placement.num_engines / 3600,
             "cost": placement.cost(seconds),
@@ -196,7 +199,7 @@ def grade_pairs(
 
 
 Part = tuple[NDArray[np.int64], pa.Table]
-"""Rows of the waiting pairs, and the answers to them: columns p0, p1, p2, tokens."""
+"""Rows of the waiting pairs, and the answers to them: columns p0, p1, p2, tokens, cached_tokens."""
 
 
 def _timed(parts: Iterator[Part], found: Graded) -> Iterator[Part]:
@@ -210,6 +213,7 @@ def _timed(parts: Iterator[Part], found: Graded) -> Iterator[Part]:
             found.start_sec, found.first_pairs = seconds, len(rows)
         found.asked += len(rows)
         found.tokens += pc.sum(answers["tokens"]).as_py()
+        found.cached_tokens += pc.sum(answers["cached_tokens"]).as_py()
         yield rows, answers
         began = time.monotonic()
 

@@ -35,6 +35,9 @@ ENGINE_STAGE = "vLLMEngineStage"
 CPU_HEAD_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Attention heads that vLLM 0.32 computes on a processor (its CPU_ATTN backend). It starts with others as well, and
 dies at the first pair."""
+CPU_BLOCK_TOKENS = 32
+"""Tokens of a block of the engine's cache on a processor: the fewest that CPU_ATTN takes. Only whole blocks are shared,
+so that under vLLM's own 128 up to 127 tokens of what all pairs begin with are computed for each."""
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -62,8 +65,8 @@ def label_pairs(
         num_pairs: rows of all blocks, where there are several.
 
     Yields:
-        Columns address, p0, p1, p2, all three nan where the answer was no distribution, and tokens, of the pair as the
-        model reads it.
+        Columns address, p0, p1, p2, all three nan where the answer was no distribution; tokens, of the pair as the
+        model reads it; cached_tokens, of these, not computed anew; answered, seconds, when the engine had the answer.
     """
     card, started, done = load_labeller_card(folder), time.monotonic(), 0
     blocks: Iterable[pa.Table] = [pairs] if isinstance(pairs, pa.Table) else pairs
@@ -77,7 +80,7 @@ def label_pairs(
         done += len(keys)
         log.info("labelled %d of %d pairs, %.0f s", done, total, time.monotonic() - started)
         columns = {f"p{grade}": calibrated_N3[:, grade] for grade in range(3)}
-        yield pa.table({"address": keys["address"], **columns, "tokens": keys["tokens"]})
+        yield pa.table({"address": keys["address"], **columns} | {name: keys[name] for name in COSTS})
 
 
 def _ordered(block: pa.Table) -> pa.Table:
@@ -89,8 +92,9 @@ def _ordered(block: pa.Table) -> pa.Table:
 
 
 Answers = Iterator[tuple[pa.Table, NDArray[np.float64]]]
-"""Parts of the pairs, columns address, dataset, tokens, with what the labeller answers before calibration, [N, 3]."""
-KEYS = ["address", "dataset", "tokens"]
+"""Parts of the pairs, keys and costs, with what the labeller answers before calibration, [N, 3]."""
+KEYS = ["address", "dataset"]
+COSTS = ["tokens", "cached_tokens", "answered"]
 
 
 def _torch_answers(blocks: Iterable[pa.Table], folder: str, card: LabellerCard, placement: LabelPlacement) -> Answers:
@@ -101,16 +105,27 @@ def _torch_answers(blocks: Iterable[pa.Table], folder: str, card: LabellerCard, 
         for start in range(0, len(block), placement.part_rows):
             part = block.slice(start, placement.part_rows)
             tokens = encoder.encode_rows(part)
-            part = part.append_column("tokens", pa.array([len(pair) for pair in tokens], pa.int32()))
-            yield part.select(KEYS), plain_probabilities(model, tokens).astype(np.float64)
+            probability_N3 = plain_probabilities(model, tokens).astype(np.float64)
+            cost = {
+                "tokens": pa.array([len(pair) for pair in tokens], pa.int32()),
+                "cached_tokens": pa.array([0] * len(part), pa.int32()),
+                "answered": pa.array([time.time()] * len(part)),
+            }
+            yield pa.table({name: part[name] for name in KEYS} | cost), probability_N3
 
 
 def check_servable(folder: str, placement: LabelPlacement) -> None:
-    """Refuses a labeller that vLLM would start with and then die of.
+    """Refuses a labeller that vLLM would start with and then die of, and a placement it cannot be split over.
 
     Raises:
-        ConfigError: the engine is on a processor, and the model's attention heads have a width it cannot compute.
+        ConfigError: the engine is on a processor and is to be split, or the model's attention heads have a width it
+            cannot compute there, or they do not split over the graphics cards.
     """
+    if placement.tensor_parallel > 1 and not placement.use_gpu:
+        raise ConfigError(
+            f"placement.tensor_parallel={placement.tensor_parallel}: only graphics cards share an engine; "
+            "give placement.use_gpu=true, or more placement.num_engines"
+        )
     config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     heads = config.get("num_attention_heads")
     width = config.get("head_dim") or (config.get("hidden_size", 0) // heads if heads else None)
@@ -119,12 +134,18 @@ def check_servable(folder: str, placement: LabelPlacement) -> None:
             f"labeller={folder}: its attention heads are {width} wide, vLLM on a processor computes "
             f"{', '.join(map(str, CPU_HEAD_WIDTHS))}; give placement.engine=torch, or tune another backbone"
         )
+    if heads and heads % placement.tensor_parallel:
+        raise ConfigError(
+            f"placement.tensor_parallel={placement.tensor_parallel}: the {heads} attention heads of labeller={folder} "
+            "do not split evenly; give a divisor of them"
+        )
 
 
 def _vllm_answers(blocks: Iterable[pa.Table], folder: str, card: LabellerCard, placement: LabelPlacement) -> Answers:
     check_servable(folder, placement)
     connect(placement.ray)
-    check_resources(placement.num_engines + 1, placement.num_engines * placement.use_gpu)
+    bundles = placement.num_engines * placement.tensor_parallel
+    check_resources(bundles + 1, bundles * placement.use_gpu)
     quiet_data()
     size = placement.batch_rows
     # put away one by one: the texts of all pairs lie in Ray's store and on its disk, never in this process
@@ -136,7 +157,7 @@ def _vllm_answers(blocks: Iterable[pa.Table], folder: str, card: LabellerCard, p
     try:
         for batch in processor(encoded).iter_batches(batch_size=placement.part_rows, batch_format="pyarrow"):
             probability_N3 = np.array(batch["probability"].to_pylist(), dtype=np.float64).reshape(-1, 3)
-            yield batch.select(KEYS), probability_N3
+            yield batch.select(KEYS + COSTS), probability_N3
     except (RayActorError, RayTaskError) as error:
         died = error if isinstance(error, RayActorError) else error.cause
         if not isinstance(died, RayActorError):
@@ -153,20 +174,26 @@ def _processor(folder: str, card: LabellerCard, placement: LabelPlacement) -> An
         warnings.simplefilter("ignore")
         from ray.data.llm import build_processor
 
+        from ray_apps.engine_stage import CountingStage
+
         processor = build_processor(
             _engine_config(folder, card, placement),
             preprocess=partial(_request, grade_token_ids=card.grade_token_ids),
             postprocess=partial(_answer, grade_token_ids=card.grade_token_ids),
         )
     # Ray Data starts a dead actor again for ever and has no setting for it: a model that kills its engine would hang.
-    processor.get_stage_by_name(ENGINE_STAGE).map_batches_kwargs["max_restarts"] = placement.max_engine_restarts
+    stage = processor.get_stage_by_name(ENGINE_STAGE)
+    stage.map_batches_kwargs["max_restarts"] = placement.max_engine_restarts
+    # past the stage's validator, which would take its placement for unset the second time
+    object.__setattr__(stage, "fn", CountingStage)
     return processor
 
 
 def _engine_config(folder: str, card: LabellerCard, placement: LabelPlacement) -> Any:
     from ray.data.llm import vLLMEngineProcessorConfig
 
-    environment = dict(OFFLINE)
+    environment, engine = dict(OFFLINE), engine_arguments(card, placement)
+    bundle = {"CPU": 1, "GPU": 1} if placement.use_gpu else {"CPU": 1}
     if not placement.use_gpu:
         environment |= {
             "VLLM_CPU_KVCACHE_SPACE": str(placement.kv_cache_gib),
@@ -174,33 +201,44 @@ def _engine_config(folder: str, card: LabellerCard, placement: LabelPlacement) -
             "OMP_NUM_THREADS": str(placement.threads_per_engine),
             "OMP_WAIT_POLICY": "PASSIVE",
         }
-    generative: dict[str, Any] = {
-        # raw logprobs would be those before the mask: no distribution over the three grades
-        "logprobs_mode": "processed_logprobs",
-        "max_logprobs": 3,
-        "enable_prefix_caching": True,
-    }
     return vLLMEngineProcessorConfig(
         model_source=folder,
         task_type="classify" if card.kind == "classifier" else "generate",
-        engine_kwargs={
-            "dtype": "float32",
-            "max_model_len": card.max_tokens + (card.kind == "generative"),
-            "max_num_seqs": placement.max_num_seqs,
-            "enforce_eager": True,
-            "disable_log_stats": True,
-            **(generative if card.kind == "generative" else {}),
-        },
+        engine_kwargs=engine,
         batch_size=placement.batch_rows,
-        max_concurrent_batches=4,
+        max_concurrent_batches=placement.max_concurrent_batches,
         concurrency=placement.num_engines,
         runtime_env={"env_vars": environment},
-        placement_group_config={"bundles": [{"CPU": 1, "GPU": 1} if placement.use_gpu else {"CPU": 1}]},
+        placement_group_config={"bundles": [bundle] * placement.tensor_parallel},
         chat_template_stage=False,
         tokenize_stage=False,
         detokenize_stage=False,
         log_engine_metrics=False,
     )
+
+
+def engine_arguments(card: LabellerCard, placement: LabelPlacement) -> dict[str, Any]:
+    """What vLLM is started with; float32 and the mask's logprobs decide grades, the rest only speed."""
+    given: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": card.max_tokens + (card.kind == "generative"),
+        "max_num_seqs": placement.max_num_seqs,
+        "tensor_parallel_size": placement.tensor_parallel,
+        "enforce_eager": True,
+        "disable_log_stats": True,
+    }
+    if placement.max_num_batched_tokens is not None:
+        given["max_num_batched_tokens"] = placement.max_num_batched_tokens
+    if card.kind == "generative":
+        given |= {
+            # raw logprobs would be those before the mask: no distribution over the three grades
+            "logprobs_mode": "processed_logprobs",
+            "max_logprobs": 3,
+            "enable_prefix_caching": True,
+        }
+        if not placement.use_gpu:
+            given["block_size"] = CPU_BLOCK_TOKENS
+    return given
 
 
 @lru_cache(maxsize=1)
@@ -212,7 +250,7 @@ def _encoder(folder: str, _fingerprint: str) -> PairEncoder:
 def _encode(batch: pa.Table, folder: str, fingerprint: str) -> pa.Table:
     pairs = _encoder(folder, fingerprint).encode_rows(batch)
     batch = batch.append_column("tokens", pa.array([len(pair) for pair in pairs], pa.int32()))
-    return batch.select(KEYS).append_column("tokenized_prompt", pa.array(pairs, pa.list_(pa.int32())))
+    return batch.select([*KEYS, "tokens"]).append_column("tokenized_prompt", pa.array(pairs, pa.list_(pa.int32())))
 
 
 def _request(row: dict[str, Any], grade_token_ids: tuple[int, ...]) -> dict[str, Any]:
@@ -230,8 +268,11 @@ def _request(row: dict[str, Any], grade_token_ids: tuple[int, ...]) -> dict[str,
 
 
 def _answer(row: dict[str, Any], grade_token_ids: tuple[int, ...]) -> dict[str, Any]:
-    """Probabilities of a row the engine has answered; nan where a grade has none."""
-    return {name: row[name] for name in KEYS} | {"probability": list(_probability(row, grade_token_ids))}
+    """Probabilities of a row the engine has answered, nan where a grade has none; and what the answer took."""
+    cost = row.get("metrics") or {}
+    taken = {"cached_tokens": int(cost.get("cached_tokens", 0)), "answered": float(cost.get("answered", "nan"))}
+    kept = {name: row[name] for name in (*KEYS, "tokens")}
+    return kept | taken | {"probability": list(_probability(row, grade_token_ids))}
 
 
 def _probability(row: dict[str, Any], grade_token_ids: tuple[int, ...]) -> tuple[float, ...]:

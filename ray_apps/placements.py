@@ -33,12 +33,17 @@ class LabelPlacement:
     )
     part_rows: Annotated[int, meaning("pairs written at once; a death loses at most these", "pairs", ge=1)] = 2_000
     num_engines: Annotated[int, meaning("vLLM engines", ge=1)] = 1
-    use_gpu: Annotated[bool, meaning("a graphics card per engine")] = False
+    use_gpu: Annotated[bool, meaning("graphics cards for the engines")] = False
+    tensor_parallel: Annotated[
+        int, meaning("graphics cards that share an engine, for a labeller too large or slow on one", "cards", ge=1)
+    ] = 1
     threads_per_engine: Annotated[int, meaning("threads of an engine on CPU", "threads", ge=1)] = 2
-    batch_rows: Annotated[
-        int, meaning("pairs sent to an engine at once; four batches are under way", "pairs", ge=1)
-    ] = 128
+    batch_rows: Annotated[int, meaning("pairs sent to an engine at once", "pairs", ge=1)] = 128
+    max_concurrent_batches: Annotated[int, meaning("batches under way in an engine", "batches", ge=1)] = 4
     max_num_seqs: Annotated[int, meaning("pairs of a step of the engine", "pairs", ge=1)] = 128
+    max_num_batched_tokens: Annotated[
+        int | None, meaning("tokens computed in a step; null takes vLLM's own", "tokens", ge=1)
+    ] = None
     max_engine_restarts: Annotated[
         int, meaning("deaths of an engine that are made good; what is graded already stays in any case", ge=0)
     ] = 0

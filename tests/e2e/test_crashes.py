@@ -167,7 +167,7 @@ def test_a_ray_worker_and_the_engine_are_killed(lake, models, unbroken):
     process = grading(lake, models, "placement.max_engine_restarts=2")
     wait_for_rows(process, lake)
     killed = children(process, "ray::MapBatches(_encode)") or children(process, "ray::IDLE")
-    engine = children(process, "vLLMEngineStage") + children(process, "EngineCore")
+    engine = children(process, "CountingStage") + children(process, "EngineCore")
     assert killed
     assert engine
     for victim in (killed[0], *engine):
@@ -181,7 +181,7 @@ def test_an_engine_that_may_not_start_again_ends_the_run_and_the_next_one_goes_o
     """About 1 minute."""
     process = grading(lake, models, "placement.max_engine_restarts=0")
     wait_for_rows(process, lake)
-    for victim in children(process, "vLLMEngineStage") + children(process, "EngineCore"):
+    for victim in children(process, "CountingStage") + children(process, "EngineCore"):
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()
     assert "the vLLM engine died" in ended(process, code=1)

@@ -58,14 +58,15 @@ def test_a_prompt_holds_each_field_once_between_its_tags_and_ends_with_the_quest
 
     assert "<query>red < /query> shoe {product}</query>" in prompt
     assert "<product>Shoe, by Acme</product>" in prompt
-    assert prompt.rstrip().endswith("the grade:")
+    assert prompt.endswith("</product> grade:")
 
 
 def test_prompt_fingerprint_follows_the_guideline_for_the_generative_kind_only():
     changed = dataclasses.replace(GUIDELINE, purpose="Something else.")
+    asked = dataclasses.replace(GUIDELINE, template=GUIDELINE.template.replace(" grade:", " the grade:"))
     for kind, differs in (("generative", True), ("classifier", False)):
-        prints = {prompt_fingerprint(g, kind, TextRecipe(), 128) for g in (GUIDELINE, changed)}
-        assert (len(prints) == 2) is differs
+        prints = {prompt_fingerprint(g, kind, TextRecipe(), 128) for g in (GUIDELINE, changed, asked)}
+        assert len(prints) == (3 if differs else 1)
     assert prompt_fingerprint(GUIDELINE, "classifier", TextRecipe(), 96) != prompt_fingerprint(
         GUIDELINE, "classifier", TextRecipe(), 128
     )

@@ -41,7 +41,10 @@ TORCH = LabelPlacement(engine="torch", part_rows=10)
 def answers(blocks, values):
     """What an engine answers, the same for each grade."""
     names = pa.concat_tables(blocks)["address"]
-    return pa.table({"address": names, "tokens": [9] * len(names)} | {f"p{grade}": values for grade in range(3)})
+    return pa.table(
+        {"address": names, "tokens": [9] * len(names), "cached_tokens": [0] * len(names)}
+        | {f"p{grade}": values for grade in range(3)}
+    )
 
 
 def config_of(lake, labeller, **inputs):

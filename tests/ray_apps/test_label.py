@@ -7,10 +7,11 @@ import pytest
 from conf.load import ConfigError
 from embeddings.calibration import Calibration
 from embeddings.guideline import load_guideline
-from embeddings.labeller import LabellerRecipe, PairEncoder, save_labeller
+from embeddings.labeller import LabellerCard, LabellerRecipe, PairEncoder, load_pair_encoder, save_labeller
 from embeddings.labeller_model import build_labeller, save_weights
+from embeddings.text import TextRecipe
 from ray_apps.cluster import RayPlacement
-from ray_apps.label import _answer, label_pairs
+from ray_apps.label import CPU_BLOCK_TOKENS, _answer, _engine_config, check_servable, label_pairs
 from ray_apps.placements import LabelPlacement
 from tests.tiny_models import tiny_bert_folder, tiny_causal_lm_folder, tiny_guideline_file
 
@@ -64,9 +65,82 @@ def test_the_engine_gives_the_probabilities_of_plain_torch(tmp_path, kind):
         np.testing.assert_allclose(by_engine[name].to_numpy(), by_torch[name].to_numpy(), atol=1e-3)
     total = sum(by_engine[name].to_numpy() for name in ("p0", "p1", "p2"))
     np.testing.assert_allclose(total, 1, atol=1e-9)
+    cost = by_engine.to_pydict()
+    assert (
+        cost["tokens"] == by_torch["tokens"].to_pylist() == list(map(len, load_pair_encoder(folder).encode_rows(pairs)))
+    )
+    assert {cached % CPU_BLOCK_TOKENS for cached in cost["cached_tokens"]} == {0}
+    assert (max(cost["cached_tokens"]) >= CPU_BLOCK_TOKENS) is (kind == "generative")
 
 
-KEY = {"address": "a", "dataset": "d"}
+def card(kind="generative"):
+    ids = (5, 6, 7) if kind == "generative" else ()
+    return LabellerCard(
+        kind=kind, guideline="v1", prompt="p", text=TextRecipe(), max_tokens=512, grade_token_ids=ids, calibrations={},
+        metrics={}, fingerprint="f",
+    )  # fmt: skip
+
+
+def test_an_engine_on_a_processor_shares_the_smallest_blocks_its_attention_takes():
+    config = _engine_config("folder", card(), LabelPlacement(threads_per_engine=3, kv_cache_gib=2))
+
+    engine = config.engine_kwargs
+    assert (engine["block_size"], engine["enable_prefix_caching"], engine["max_model_len"]) == (32, True, 513)
+    assert (engine["dtype"], engine["logprobs_mode"]) == ("float32", "processed_logprobs")
+    assert "max_num_batched_tokens" not in engine
+    assert config.placement_group_config["bundles"] == [{"CPU": 1, "GPU": 0}]
+    environment = config.runtime_env["env_vars"]
+    assert (environment["OMP_NUM_THREADS"], environment["VLLM_CPU_KVCACHE_SPACE"]) == ("3", "2")
+    classifier = _engine_config("folder", card("classifier"), LabelPlacement()).engine_kwargs
+    assert not {"block_size", "logprobs_mode"} & classifier.keys()
+
+
+def test_engines_on_graphics_cards_take_a_bundle_for_each_card_they_share():
+    placement = LabelPlacement(
+        num_engines=3, use_gpu=True, tensor_parallel=4, max_concurrent_batches=6, max_num_batched_tokens=8192
+    )
+
+    config = _engine_config("folder", card(), placement)
+
+    assert config.placement_group_config["bundles"] == [{"CPU": 1, "GPU": 1}] * 4
+    assert (config.concurrency, config.max_concurrent_batches) == (3, 6)
+    engine = config.engine_kwargs
+    assert (engine["tensor_parallel_size"], engine["max_num_batched_tokens"]) == (4, 8192)
+    assert "block_size" not in engine
+    assert "OMP_NUM_THREADS" not in config.runtime_env["env_vars"]
+
+
+def test_placement_changes_nothing_of_an_engine_that_could_change_a_grade():
+    deciding = ("dtype", "max_model_len", "logprobs_mode", "max_logprobs")
+    placements = (LabelPlacement(), LabelPlacement(num_engines=2, use_gpu=True, tensor_parallel=2, max_num_seqs=7))
+
+    told = [_engine_config("folder", card(), placement).engine_kwargs for placement in placements]
+
+    assert [told[0][name] for name in deciding] == [told[1][name] for name in deciding]
+
+
+def test_an_engine_is_split_only_over_cards_that_divide_its_heads(tmp_path):
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 9, "hidden_size": 576}', encoding="utf-8")
+
+    check_servable(str(tmp_path), LabelPlacement(use_gpu=True, tensor_parallel=3))
+    with pytest.raises(ConfigError, match=r"tensor_parallel=2: the 9 attention heads .* do not split evenly"):
+        check_servable(str(tmp_path), LabelPlacement(use_gpu=True, tensor_parallel=2))
+    with pytest.raises(ConfigError, match=r"tensor_parallel=3: only graphics cards share an engine"):
+        check_servable(str(tmp_path), LabelPlacement(tensor_parallel=3))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_more_cards_than_the_cluster_has_are_refused_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr("ray_apps.label.check_servable", lambda *_: None)
+    folder = labeller_folder(tmp_path, "generative")
+    pairs = pa.table({"address": ["a"], "query": ["red shoe"], "title": ["shoe"]})
+    placement = LabelPlacement(ray=RAY, num_engines=2, use_gpu=True, tensor_parallel=2)
+
+    with pytest.raises(ConfigError, match="5 CPU asked for"):
+        list(label_pairs(pairs, folder, placement))
+
+
+KEY = {"address": "a", "dataset": "d", "tokens": 3}
 
 
 def test_an_answer_without_every_grade_is_no_answer():
@@ -75,6 +149,7 @@ def test_an_answer_without_every_grade_is_no_answer():
 
     whole = _answer(KEY | {"logprobs": [{5: logprob(0.2), 6: logprob(0.3), 7: logprob(0.5)}]}, (5, 6, 7))
     assert whole["probability"] == pytest.approx([0.2, 0.3, 0.5])
+    assert (whole["cached_tokens"], math.isnan(whole["answered"])) == (0, True)
     short = _answer(KEY | {"logprobs": [{5: logprob(0.2), 6: logprob(0.8)}]}, (5, 6, 7))
     assert np.isnan(short["probability"]).any()
     for row in ({"logprobs": None}, {"logprobs": []}):
