@@ -27,6 +27,7 @@ class Inputs:
     candidate_pair: job.TableVersion = "newest"
     pair_grade: job.TableVersion = "newest"
     mined_pair: job.TableVersion = ""
+    class_rate: job.TableVersion = ""
     labeller: Annotated[str, meaning("folder of the labeller whose grades count; empty: the newest grade")] = ""
 
 

@@ -59,7 +59,15 @@ RAY_JOBS = (
     "mine_hard_pairs",
     "evaluate_retrieval",
 )
-PLAIN_JOBS = ("simulate", "import_dataset", "record_human_grades", "report", "search", "label_file")
+PLAIN_JOBS = (
+    "simulate",
+    "import_dataset",
+    "record_human_grades",
+    "correct_class_rates",
+    "report",
+    "search",
+    "label_file",
+)
 JOBS = (*SPARK_JOBS, *RAY_JOBS, *PLAIN_JOBS)
 
 

@@ -14,7 +14,6 @@ import io
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -22,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from conf.load import ConfigError, meaning, settings
-from embeddings.calibration import Calibration, fit_class_rates, probabilities_of
+from embeddings.calibration import PROBABILITIES, Calibration, fit_class_rates, probabilities_of
 from embeddings.labeller import load_labeller_card
 from embeddings.labeller_metrics import calibration_error
 from jobs import job, labelling
@@ -33,6 +32,7 @@ from lake.runs import Run, RunRecord
 from lake.schemas import CANDIDATE_PAIR, CLASS_RATE, PAIR_GRADE, CandidateSource
 from lake.storage import replace_text
 
+GRADE_MARKS = ("", "0", "1", "2")
 SAMPLE_COLUMNS = ("dataset", "query_id", "product_id", "query", "title", "grade")
 
 
@@ -84,11 +84,9 @@ def run(config: Config) -> RunRecord:
     candidates = labelling.read(current, CANDIDATE_PAIR, [*labelling.PAIR, "source"])
     population = candidates.filter(pc.equal(candidates["source"], config.recipe.source)).select(labelling.PAIR)
     keys = addressed(texts.keys(population), card)
-    names = ["address", "p0", "p1", "p2"]
-    ledger = tables.rows(
-        current.lake, PAIR_GRADE, version=int(current.inputs[PAIR_GRADE.name]), columns=names,
-        where=[("labeller", "=", card.fingerprint)],
-    )  # fmt: skip
+    version, where = int(current.inputs[PAIR_GRADE.name]), [("labeller", "=", card.fingerprint)]
+    names = ["address", *PROBABILITIES]
+    ledger = tables.rows(current.lake, PAIR_GRADE, version=version, columns=names, where=where)
     row = pc.index_in(keys["address"], value_set=ledger["address"].combine_chunks())
     keys = keys.append_column("row", row).filter(pc.is_valid(row))
     if not len(keys):
@@ -98,7 +96,7 @@ def run(config: Config) -> RunRecord:
         )
     if not config.inputs.file:
         return _draw(current, keys, texts, config.recipe)
-    for name in names[1:]:
+    for name in PROBABILITIES:
         keys = keys.append_column(name, ledger[name].take(keys["row"]))
     return _fit(current, with_sample(keys, config.inputs.file), card.fingerprint, config.recipe)
 
@@ -109,20 +107,18 @@ def with_sample(keys: pa.Table, path: str) -> pa.Table:
     Raises:
         ConfigError: the file lacks a column, or a grade is none.
     """
-    sample, unread = read_pairs(path, required=(*labelling.PAIR, "grade"), taken=())
-    given = [str(value).strip() if value is not None else "" for value in sample["grade"].to_pylist()]
-    wrong = [
-        f"row {number}: {value!r}" for number, value in enumerate(given, start=1) if value not in ("", "0", "1", "2")
-    ]
-    if wrong or unread:
-        raise ConfigError(f"inputs.file={path!r}: expected grades 0, 1, 2 or nothing, got {(wrong + unread)[0]}")
-    names = [sample[name].cast(pa.string()).to_pylist() for name in labelling.PAIR]
-    grades = {
-        pair: int(grade)
-        for *pair_parts, grade in zip(*names, given, strict=True)
-        if (pair := tuple(pair_parts)) and grade
-    }
-    pairs = list(zip(*(keys[name].to_pylist() for name in labelling.PAIR), strict=True))
+    sample, unread = read_pairs(path, required=(*labelling.PAIR, "grade"), added=())
+    columns = [sample[name].cast(pa.string()).to_pylist() for name in (*labelling.PAIR, "grade")]
+    grades: dict[tuple[str, ...], int] = {}
+    for number, (*pair, mark) in enumerate(zip(*columns, strict=True), start=1):
+        grade = (mark or "").strip()
+        if grade not in GRADE_MARKS:
+            unread.append(f"row {number}: grade {grade!r}")
+        elif grade:
+            grades[tuple(pair)] = int(grade)
+    if unread:
+        raise ConfigError(f"inputs.file={path!r}: expected grades 0, 1, 2 or nothing, got {unread[0]}")
+    pairs = zip(*(keys[name].to_pylist() for name in labelling.PAIR), strict=True)
     found = pa.array([grades.get(pair) for pair in pairs], pa.int8())
     return keys.append_column("grade", found).filter(pc.is_valid(found))
 

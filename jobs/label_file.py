@@ -89,8 +89,15 @@ def run(config: Config) -> RunRecord:
     return current.finish(rows=counts["labelled"], outputs={"file": str(Path(config.out).resolve())}, counts=counts)
 
 
-def read_pairs(path: str) -> tuple[pa.Table, list[str]]:
+def read_pairs(
+    path: str, required: Sequence[str] = REQUIRED, added: Sequence[str] = ADDED
+) -> tuple[pa.Table, list[str]]:
     """The file's rows, CSV columns as text, so that nothing is reformatted; and what is wrong with those it has not.
+
+    Args:
+        path: of the file.
+        required: columns it must have.
+        added: columns it must not have, since they will be added.
 
     Raises:
         ConfigError: no such file, a format we do not read, or a column is missing or taken.
@@ -106,10 +113,10 @@ def read_pairs(path: str) -> tuple[pa.Table, list[str]]:
     repeated = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
     if repeated:
         raise ConfigError(f"{path}: has the column {repeated[0]!r} more than once; rename one")
-    missing = [name for name in REQUIRED if name not in table.column_names]
+    missing = [name for name in required if name not in table.column_names]
     if missing:
         raise ConfigError(f"{path}: column {missing[0]!r} is missing; columns are {', '.join(table.column_names)}")
-    taken = [name for name in ADDED if name in table.column_names]
+    taken = [name for name in added if name in table.column_names]
     if taken:
         raise ConfigError(f"{path}: has a column {taken[0]!r} already, which the grades would overwrite; rename it")
     return table, unread

@@ -283,6 +283,25 @@ PAIR_GRADE = TableSpec(
     checks=(_GRADE_CHECK,),
 )
 
+CLASS_RATE = TableSpec(
+    "class_rate",
+    "What a population of pairs that people did not choose adds to a labeller's log probabilities, by its class rates.",
+    "delta-rs",
+    ("labeller", "dataset", "source"),
+    (
+        Column("labeller", STRING, "fingerprint of the labeller"),
+        _DATASET,
+        Column("source", STRING, "source of the candidates that are the population"),
+        *(
+            Column(f"bias_{grade}", FLOAT64, f"added to the log probability of grade {grade}", "nats")
+            for grade in Grade
+        ),
+        Column("num_pairs", INT64, "pairs of the population that people have graded", "pairs"),
+        _RUN,
+        _CREATED,
+    ),
+)
+
 CATALOG_CANDIDATE = TableSpec(
     "catalog_candidate",
     "Pairs of the whole catalogue that may be relevant; the nightly run grades those of the greatest value first.",
@@ -503,6 +522,7 @@ TABLES: dict[str, TableSpec] = {
         AUDIT_VERDICT,
         CANDIDATE_PAIR,
         PAIR_GRADE,
+        CLASS_RATE,
         CATALOG_CANDIDATE,
         TRAINING_INSTANCE,
         MINED_PAIR,

@@ -17,6 +17,7 @@ from spark_etl.recipes import InstancesRecipe
 
 PAIR = ("dataset", "query_id", "product_id")
 QUERY_KEY = ("dataset", "query_id")
+SHARES = ("p0", "p1", "p2")
 CONSENSUS = "consensus"
 """Who judged in the ledger's human rows that are no expert's verdict."""
 PRECEDENCE = ("expert", "human", "annotated", "sampled", "engagement", "mined")
@@ -31,7 +32,7 @@ def build_instances(tables: Mapping[str, DataFrame], recipe: InstancesRecipe) ->
 
     Args:
         tables: table -> rows: query, catalog_product and annotation_consensus; audit_verdict, candidate_pair,
-            pair_grade and, for stage 2, mined_pair where there are any.
+            pair_grade, class_rate and, for stage 2, mined_pair where there are any.
     """
     train = tables["query"].where(sf.col("split") == "train")
     human = tables["annotation_consensus"]
@@ -63,17 +64,36 @@ def build_instances(tables: Mapping[str, DataFrame], recipe: InstancesRecipe) ->
 def newest_grades(ledger: DataFrame, recipe: InstancesRecipe) -> DataFrame:
     """The grade of each pair of texts: an expert's, else people's consensus, else the labeller's, each the newest.
 
-    Of labellers only the recipe's counts if it names one, and only where its grade is probable enough.
+    Of labellers only the recipe's counts if it names one. Columns query_hash, product_hash, grade, p0, p1, p2, labeller
+    and is_human.
     """
     is_human, is_expert = sf.col("judge") == "human", sf.col("labeller") != CONSENSUS
     rows = ledger.where(is_human | (sf.col("labeller") == recipe.labeller)) if recipe.labeller else ledger
     order = Window.partitionBy("query_hash", "product_hash").orderBy(
         sf.desc(is_human), sf.desc(is_human & is_expert), sf.desc("created_at"), "address"
     )
-    probability = sf.element_at(sf.array("p0", "p1", "p2"), sf.col("grade").cast("int") + 1)
     newest = rows.withColumn("age", sf.row_number().over(order)).where("age = 1")
-    is_sure = is_human | (probability >= recipe.min_grade_probability)
-    return newest.where(is_sure).select("query_hash", "product_hash", "grade")
+    return newest.select("query_hash", "product_hash", "grade", *SHARES, "labeller", is_human.alias("is_human"))
+
+
+def at_own_rates(graded: DataFrame, class_rate: DataFrame) -> DataFrame:
+    """The labeller's grades under the class rates of their population: most probable after its biases, by Bayes' rule.
+
+    Args:
+        graded: dataset, source, and the columns of `newest_grades`.
+        class_rate: biases by labeller, data set and source; pairs of other populations stay as they are.
+    """
+    biases = class_rate.select("labeller", "dataset", "source", "bias_0", "bias_1", "bias_2")
+    joined = graded.join(sf.broadcast(biases), on=["labeller", "dataset", "source"], how="left")
+    weights = [sf.col(f"p{grade}") * sf.exp(f"bias_{grade}") for grade in range(3)]
+    total = sum(weights[1:], weights[0])
+    is_corrected = sf.col("bias_0").isNotNull() & ~sf.col("is_human")
+    best = sf.array_position(sf.array(*weights), sf.greatest(*weights)) - 1
+    changed = {
+        f"p{grade}": sf.when(is_corrected, weights[grade] / total).otherwise(sf.col(f"p{grade}")) for grade in range(3)
+    }
+    changed["grade"] = sf.when(is_corrected, best.cast("tinyint")).otherwise(sf.col("grade"))
+    return joined.withColumns(changed)
 
 
 def keep_by_band(mined: DataFrame) -> DataFrame:
@@ -84,26 +104,30 @@ def keep_by_band(mined: DataFrame) -> DataFrame:
 
 
 def _ungraded(tables: Mapping[str, DataFrame], recipe: InstancesRecipe) -> list[DataFrame]:
-    """Candidates, and for stage 2 mined pairs, with the grade that the ledger has for their texts."""
-    grades, found = newest_grades(tables["pair_grade"], recipe), []
+    """Candidates, and for stage 2 mined pairs, with the grade that the ledger has for their texts, if it is sure."""
+    found = []
     if "candidate_pair" in tables:
         candidates = tables["candidate_pair"].where(sf.col("source") != "mined")
-        found.append(_graded(candidates, tables, grades))
+        found.append(_graded(candidates, tables, recipe))
     if recipe.stage == 2 and "mined_pair" in tables:
         latest = sf.row_number().over(Window.partitionBy(*PAIR).orderBy(sf.desc("round"), "rank"))
         mined = tables["mined_pair"].withColumn("age", latest).where("age = 1").withColumn("source", sf.lit("mined"))
-        found.append(keep_by_band(_graded(mined, tables, grades)))
+        found.append(keep_by_band(_graded(mined, tables, recipe)))
     return [frame.select(*PAIR, "grade", "source") for frame in found]
 
 
-def _graded(pairs: DataFrame, tables: Mapping[str, DataFrame], grades: DataFrame) -> DataFrame:
+def _graded(pairs: DataFrame, tables: Mapping[str, DataFrame], recipe: InstancesRecipe) -> DataFrame:
     queries = tables["query"].select(*QUERY_KEY, "query_hash")
     products = tables["catalog_product"].select("dataset", "product_id", "product_hash")
-    return (
+    graded = (
         pairs.join(queries, on=list(QUERY_KEY), how="inner")
         .join(products, on=["dataset", "product_id"], how="inner")
-        .join(grades, on=["query_hash", "product_hash"], how="inner")
+        .join(newest_grades(tables["pair_grade"], recipe), on=["query_hash", "product_hash"], how="inner")
     )
+    if "class_rate" in tables:
+        graded = at_own_rates(graded, tables["class_rate"])
+    probability = sf.element_at(sf.array(*SHARES), sf.col("grade").cast("int") + 1)
+    return graded.where(sf.col("is_human") | (probability >= recipe.min_grade_probability))
 
 
 def _one_per_pair(graded: DataFrame) -> DataFrame:

@@ -16,13 +16,22 @@ from embeddings.injections import ATTACKS
 from embeddings.labeller import LabellerRecipe, export_labeller, load_labeller_card, save_labeller
 from embeddings.labeller_evaluation import JudgeRecipe
 from embeddings.labeller_model import load_labeller, plain_probabilities
-from jobs import evaluate_labeller, explain, label_file, label_pairs, record_human_grades, tune_labeller
+from jobs import (
+    correct_class_rates,
+    evaluate_labeller,
+    explain,
+    label_file,
+    label_pairs,
+    record_human_grades,
+    tune_labeller,
+)
 from jobs.job import GateError
 from lake import tables
 from lake.schemas import (
     AUDIT_VERDICT,
     CANDIDATE_PAIR,
     CATALOG_PRODUCT,
+    CLASS_RATE,
     LABELLER_EVALUATION,
     LABELLER_OOF,
     PAIR_GRADE,
@@ -432,3 +441,36 @@ def test_people_s_grades_stand_in_the_ledger_once_and_name_what_they_supersede(s
     assert by_who["eva"]["supersedes"] == by_who["consensus"]["address"]
     assert [row["is_newest"] for row in facts] == [False, False, True]
     assert record_human_grades.run(config).counts == {"grades": 37, "reused": 37, "written": 0}
+
+
+def test_a_drawn_sample_that_people_have_graded_gives_the_population_its_rates(shop, labeller, tmp_path):
+    label_pairs.run(config_of(shop, labeller))
+    inputs, recipe = correct_class_rates.Inputs(labeller=labeller), correct_class_rates.RatesRecipe(source="sampled")
+    config = correct_class_rates.Config(lake=shop.root, inputs=inputs, recipe=recipe)
+
+    drawn = correct_class_rates.run(config)
+    assert (drawn.rows, drawn.counts["population"]) == (60, 60)
+    sample = Path(shop.path(drawn.outputs["sample"])).read_text()
+    rows = sample.splitlines()
+    assert rows[0] == "dataset,query_id,product_id,query,title,grade"
+    graded = tmp_path / "graded.csv"
+    # of 60 pairs one stays without a grade, the others are irrelevant
+    graded.write_text("\n".join([rows[0], rows[1], *(f"{row}0" for row in rows[2:])]))
+
+    filled = dataclasses.replace(config, inputs=dataclasses.replace(inputs, file=str(graded)))
+    record = correct_class_rates.run(filled)
+    assert record.counts == {"graded": 59, "graded/s": 59}
+    assert record.metrics["s/accuracy_after"] == 1 > record.metrics["s/accuracy_before"]
+    (rate,) = tables.rows(shop, CLASS_RATE).to_pylist()
+    assert (rate["labeller"], rate["source"]) == (load_labeller_card(labeller).fingerprint, "sampled")
+    assert rate["bias_0"] > rate["bias_1"] == 0
+
+    graded.write_text("\n".join([rows[0], f"{rows[1]}3"]))
+    with pytest.raises(ConfigError, match=r"expected grades 0, 1, 2 or nothing, got row 1: grade '3'"):
+        correct_class_rates.run(filled)
+    graded.write_text("\n".join([rows[0], f"{rows[1]}1"]))
+    with pytest.raises(ConfigError, match=r"the sample grades 1 pairs .* a data set needs 30"):
+        correct_class_rates.run(filled)
+    other = dataclasses.replace(config, recipe=correct_class_rates.RatesRecipe(source="engagement"))
+    with pytest.raises(ConfigError, match="no pair of source engagement has a grade by this labeller"):
+        correct_class_rates.run(other)

@@ -152,3 +152,27 @@ def test_what_people_said_of_the_same_texts_goes_before_every_labeller(spark):
 
     expected = [("p0", 0, "human"), ("p1", 2, "sampled"), ("p2", 1, "sampled")]
     assert built(tables, recipe)["q1"] == expected
+
+
+def test_a_population_s_class_rates_change_the_labeller_s_grades_of_it_alone(spark):
+    ledger = [
+        grade_row("shoe", "p1", 2, probability=0.6),
+        grade_row("shoe", "p2", 2, probability=0.6),
+        grade_row("shoe", "p3", 2, probability=0.95),
+        grade_row("shoe", "p4", 2, labeller="consensus", judge="human", probability=0.6),
+    ]
+    candidates = [("q1", "p2", "sampled")]
+    mined = [("q1", f"p{number}", 1, "top", 1) for number in (1, 3, 4)]
+    tables = tables_of(spark, consensus=[("q1", "p0", 1)], candidates=candidates, ledger=ledger, mined=mined)
+    rates = [("new", "d", "mined", 3.0, 0.0, 0.0), ("old", "d", "sampled", 3.0, 0.0, 0.0)]
+    schema = "labeller string, dataset string, source string, bias_0 double, bias_1 double, bias_2 double"
+    tables["class_rate"] = spark.createDataFrame(rates, schema)
+
+    # p1: .2 e^3 against .6; p3: .025 e^3 against .95, no hard negative; p4 is people's
+    found = built(tables, InstancesRecipe(stage=2, labeller="new"))["q1"]
+    assert found == [("p0", 1, "human"), ("p1", 0, "mined"), ("p2", 2, "sampled")]
+
+    # .2 e^3 / (.2 e^3 + .2 + .6) = .834 is what p1's grade is sure of now
+    for least, rest in ((0.83, [("p1", 0, "mined")]), (0.84, None)):
+        sure = built(tables, InstancesRecipe(stage=2, labeller="new", min_grade_probability=least))
+        assert sure.get("q1") == (rest and [("p0", 1, "human"), *rest])
