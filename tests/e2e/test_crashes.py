@@ -32,9 +32,10 @@ from tests.fakes import hash_of, put
 from tests.tiny_models import tiny_bert_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-NUM_QUERIES, NUM_PRODUCTS = 60, 70
+NUM_QUERIES, NUM_PRODUCTS = 200, 150
 PORTIONS = ["placement.part_rows=100", "placement.batch_rows=20", "placement.engine=vllm"]
 PAIRS = NUM_QUERIES * NUM_PRODUCTS
+ENGINE = ("CountingStage", "EngineCore")
 
 
 def fill(lake):
@@ -122,24 +123,36 @@ def grading(lake, models, *more):
     return start("label_pairs", "dev", lake, [f"inputs.labeller={models[0]}", *PORTIONS, *more])
 
 
-def wait_for_rows(process, lake, least=300, limit_sec=300):
-    """Waits until some parts are in the ledger, and others are not."""
+def wait_for(what, process, limit_sec=300):
+    """Waits until something holds, which it returns, while the process runs."""
     deadline = time.monotonic() + limit_sec
-    while num_rows(lake) < least:
-        assert process.poll() is None, process.stderr.read()[-3000:]
-        assert time.monotonic() < deadline, "nothing was graded"
+    while not (found := what()):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline, "it never came to that"
         time.sleep(0.05)
-    assert num_rows(lake) < PAIRS
+    return found
 
 
-def children(process, name):
-    """Ray's processes below a driver whose title holds a name."""
+def is_under_way(lake):
+    """Whether some parts are in the ledger; it goes up to `PAIRS`."""
+    return num_rows(lake) >= 300
+
+
+def children(process, *names):
+    """Ray's processes below a driver whose title holds one of the names."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if name in " ".join(child.cmdline()):
+            title = " ".join(child.cmdline())
+            if any(name in title for name in names):
                 found.append(child)
     return found
+
+
+def kill(victims):
+    for victim in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
 
 
 def ended(process, code=0):
@@ -152,10 +165,11 @@ def ended(process, code=0):
 def test_the_driver_is_killed(lake, models, unbroken):
     """About 1 minute."""
     process = grading(lake, models)
-    wait_for_rows(process, lake)
+    wait_for(lambda: is_under_way(lake), process)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     there = num_rows(lake)
+    assert there < PAIRS
     again = ended(grading(lake, models))
     assert again["counts"]["reused"] == there
     assert again["counts"]["asked"] == PAIRS - there
@@ -165,14 +179,11 @@ def test_the_driver_is_killed(lake, models, unbroken):
 def test_a_ray_worker_and_the_engine_are_killed(lake, models, unbroken):
     """About 1 minute."""
     process = grading(lake, models, "placement.max_engine_restarts=2")
-    wait_for_rows(process, lake)
-    killed = children(process, "ray::MapBatches(_encode)") or children(process, "ray::IDLE")
-    engine = children(process, "CountingStage") + children(process, "EngineCore")
-    assert killed
-    assert engine
-    for victim in (killed[0], *engine):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            victim.kill()
+    engine = wait_for(lambda: children(process, *ENGINE), process)
+    wait_for(lambda: is_under_way(lake), process)
+    kill(wait_for(lambda: children(process, "ray::MapBatches(_encode)"), process))
+    kill(engine)
+    assert num_rows(lake) < PAIRS
     ended(process)
     assert_same(ledger(lake), unbroken)
 
@@ -180,10 +191,9 @@ def test_a_ray_worker_and_the_engine_are_killed(lake, models, unbroken):
 def test_an_engine_that_may_not_start_again_ends_the_run_and_the_next_one_goes_on(lake, models, unbroken):
     """About 1 minute."""
     process = grading(lake, models, "placement.max_engine_restarts=0")
-    wait_for_rows(process, lake)
-    for victim in children(process, "CountingStage") + children(process, "EngineCore"):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            victim.kill()
+    engine = wait_for(lambda: children(process, *ENGINE), process)
+    wait_for(lambda: is_under_way(lake), process)
+    kill(engine)
     assert "the vLLM engine died" in ended(process, code=1)
     there = num_rows(lake)
     assert 0 < there < PAIRS
@@ -196,7 +206,7 @@ def test_the_disk_is_full(tmp_path, models, unbroken):
     """About 1 minute."""
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)], check=False)
     if mounted.returncode:
         pytest.skip("a small file system cannot be mounted here")
     try:
