@@ -29,6 +29,7 @@ class Inputs:
     mined_pair: job.TableVersion = ""
     class_rate: job.TableVersion = ""
     labeller: Annotated[str, meaning("folder of the labeller whose grades count; empty: the newest grade")] = ""
+    stronger: Annotated[str, meaning("folder of the labeller that its abstentions went to; empty: none")] = ""
 
 
 @settings
@@ -81,11 +82,20 @@ def run(config: Config) -> RunRecord:
 
 
 def _with_labeller(config: Config, current: Run) -> InstancesRecipe:
-    """The recipe with the fingerprint of the labeller that the inputs name."""
-    if not config.inputs.labeller:
-        return config.recipe
-    folder = labelling.labeller_folder(current.lake, config.inputs.labeller)
-    return dataclasses.replace(config.recipe, labeller=load_labeller_card(folder).fingerprint)
+    """The recipe with the fingerprints of the labellers that the inputs name."""
+
+    def fingerprint(name: str, otherwise: str) -> str:
+        value = getattr(config.inputs, name)
+        if not value:
+            return otherwise
+        return load_labeller_card(labelling.labeller_folder(current.lake, value, f"inputs.{name}")).fingerprint
+
+    recipe = config.recipe
+    return dataclasses.replace(
+        recipe,
+        labeller=fingerprint("labeller", recipe.labeller),
+        stronger=fingerprint("stronger", recipe.stronger),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

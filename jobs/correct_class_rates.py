@@ -28,8 +28,9 @@ from jobs import job, labelling
 from jobs.grading import addressed
 from jobs.label_file import read_pairs
 from lake import tables
+from lake.ledger import rows_at
 from lake.runs import Run, RunRecord
-from lake.schemas import CANDIDATE_PAIR, CLASS_RATE, PAIR_GRADE, CandidateSource
+from lake.schemas import CANDIDATE_PAIR, CLASS_RATE, CandidateSource
 from lake.storage import replace_text
 
 GRADE_MARKS = ("", "0", "1", "2")
@@ -84,11 +85,11 @@ def run(config: Config) -> RunRecord:
     candidates = labelling.read(current, CANDIDATE_PAIR, [*labelling.PAIR, "source"])
     population = candidates.filter(pc.equal(candidates["source"], config.recipe.source)).select(labelling.PAIR)
     keys = addressed(texts.keys(population), card)
-    version, where = int(current.inputs[PAIR_GRADE.name]), [("labeller", "=", card.fingerprint)]
-    names = ["address", *PROBABILITIES]
-    ledger = tables.rows(current.lake, PAIR_GRADE, version=version, columns=names, where=where)
-    row = pc.index_in(keys["address"], value_set=ledger["address"].combine_chunks())
-    keys = keys.append_column("row", row).filter(pc.is_valid(row))
+    held = rows_at(current.lake, keys["address"], ["address", *PROBABILITIES])
+    row = pc.index_in(keys["address"], value_set=held["address"].combine_chunks())
+    keys, row = keys.filter(pc.is_valid(row)), row.drop_null()
+    for name in PROBABILITIES:
+        keys = keys.append_column(name, held[name].take(row))
     if not len(keys):
         raise ConfigError(
             f"correct_class_rates: no pair of source {config.recipe.source} has a grade by this labeller; "
@@ -96,8 +97,6 @@ def run(config: Config) -> RunRecord:
         )
     if not config.inputs.file:
         return _draw(current, keys, texts, config.recipe)
-    for name in PROBABILITIES:
-        keys = keys.append_column(name, ledger[name].take(keys["row"]))
     return _fit(current, with_sample(keys, config.inputs.file), card.fingerprint, config.recipe)
 
 

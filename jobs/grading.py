@@ -54,8 +54,8 @@ class GradingRecipe:
     abstain_risk: Annotated[
         float,
         meaning(
-            "expected squared error of a grade from which on it counts as an abstention: it is written, and a "
-            "stronger judge is asked where there is one",
+            "expected squared error from which on a grade is an abstention: it is written, and a stronger judge is "
+            "asked where there is one; what that one's answer costs, over what a squared error costs",
             gt=0,
         ),
     ] = 0.5
@@ -196,6 +196,34 @@ def grade_pairs(
             f"recipe.max_rejected_fraction={recipe.max_rejected_fraction}; see the quarantine table"
         )
     return found
+
+
+def ask_stronger(
+    current: Run,
+    keys: pa.Table,
+    texts: labelling.PairTexts,
+    folders: tuple[str, str],
+    recipe: GradingRecipe,
+    placement: LabelPlacement,
+) -> Graded:
+    """Puts the pairs on which a labeller abstains before a stronger one, whose rows then supersede the first's.
+
+    Asking pays where a grade's expected squared error times what such an error costs is more than the answer costs.
+    Which pairs those are is read from the ledger, so that a run that goes on after a death finds the same.
+
+    Args:
+        current: the run.
+        keys: of `texts.keys`, `addressed` under the first labeller.
+        texts: that they refer to.
+        folders: of the first labeller and of the stronger one.
+        recipe: when a grade is an abstention, and what is refused.
+        placement: engine and portions.
+    """
+    held = ledger.rows_at(current.lake, keys["address"], ["grade", *PROBABILITIES])
+    is_doubtful = expected_squared_error(probabilities_of(held), held["grade"].to_numpy()) > recipe.abstain_risk
+    doubtful = keys.take(held["row"].filter(pa.array(is_doubtful, pa.bool_()))).drop_columns(["address"])
+    doubtful = addressed(doubtful, load_labeller_card(folders[1]))
+    return grade_pairs(current, doubtful, texts, folders[1], recipe, placement)
 
 
 Part = tuple[NDArray[np.int64], pa.Table]

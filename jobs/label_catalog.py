@@ -27,7 +27,7 @@ from jobs import cost, job, labelling, models
 from jobs.catalog_report import catalog_page
 from jobs.cost import CostPlan
 from jobs.embed_catalog import Catalog, EmbedPlacement, EmbedRecipe, embed, read_catalogs
-from jobs.grading import GradingRecipe, addressed, grade_pairs, waiting_pairs
+from jobs.grading import GradingRecipe, addressed, ask_stronger, grade_pairs, waiting_pairs
 from lake import tables
 from lake.ledger import graded_by_people
 from lake.runs import Run, RunRecord
@@ -51,6 +51,7 @@ class Inputs:
     annotation_consensus: job.TableVersion = "newest"
     model: Annotated[str, meaning("encoder that finds candidates: stage2, stage1, pretrained or a folder")] = "stage2"
     labeller: Annotated[str, meaning("folder of the labeller, below the lake or anywhere; empty: the newest")] = ""
+    stronger: Annotated[str, meaning("folder of the labeller that abstentions go to; empty: none")] = ""
 
 
 @settings
@@ -125,7 +126,13 @@ def run(config: Config) -> RunRecord:
     folder = labelling.labeller_folder(current.lake, config.inputs.labeller)
     asked = night.waiting.slice(0, night.chosen).select(night.keys.column_names)
     found = grade_pairs(current, asked, texts, folder, config.recipe.grading, config.placement.label)
-    counts = night.counts | found.counts() | {"reused": len(night.keys) - len(night.waiting)}
+    rows, of_stronger = found.labelled, {}
+    if config.inputs.stronger:
+        folders = folder, labelling.labeller_folder(current.lake, config.inputs.stronger, "inputs.stronger")
+        second = ask_stronger(current, asked, texts, folders, config.recipe.grading, config.placement.label)
+        rows += second.labelled
+        of_stronger = {f"stronger/{name}": value for name, value in second.counts().items()}
+    counts = night.counts | found.counts() | of_stronger | {"reused": len(night.keys) - len(night.waiting)}
     counts["over_budget"] = len(night.waiting) - night.chosen
     metrics = found.metrics(config.placement.label) | plan.metrics()
     page = f"reports/catalog-{current.run_id}.html"
@@ -135,7 +142,7 @@ def run(config: Config) -> RunRecord:
     )
     replace_text(current.lake.path(page), html)
     return current.finish(
-        rows=found.labelled,
+        rows=rows,
         outputs={
             CATALOG_CANDIDATE.name: written,
             PAIR_GRADE.name: tables.version(current.lake, PAIR_GRADE) or 0,

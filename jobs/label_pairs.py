@@ -13,7 +13,7 @@ from conf.load import meaning, settings
 from embeddings.labeller import load_labeller_card
 from jobs import job, labelling
 from jobs.cost import CostPlan, plan_cost
-from jobs.grading import GradingRecipe, addressed, grade_pairs, waiting_pairs
+from jobs.grading import GradingRecipe, addressed, ask_stronger, grade_pairs, waiting_pairs
 from lake import tables
 from lake.runs import Run, RunRecord
 from lake.schemas import CANDIDATE_PAIR, PAIR_GRADE, SOURCES, CandidateSource
@@ -28,6 +28,7 @@ class Inputs:
     query: job.TableVersion = "newest"
     catalog_product: job.TableVersion = "newest"
     labeller: Annotated[str, meaning("folder of the labeller, below the lake or anywhere; empty: the newest")] = ""
+    stronger: Annotated[str, meaning("folder of the labeller that abstentions go to; empty: none")] = ""
 
 
 @settings
@@ -58,10 +59,17 @@ def run(config: Config) -> RunRecord:
     candidates = read_candidates(current, config.recipe)
     keys = addressed(texts.keys(candidates), load_labeller_card(folder))
     found = grade_pairs(current, keys, texts, folder, config.recipe, config.placement)
+    rows = found.labelled
+    counts = {"candidates": len(candidates), "without_text": len(candidates) - len(keys)} | found.counts()
+    if config.inputs.stronger:
+        folders = folder, labelling.labeller_folder(current.lake, config.inputs.stronger, "inputs.stronger")
+        second = ask_stronger(current, keys, texts, folders, config.recipe, config.placement)
+        rows += second.labelled
+        counts |= {f"stronger/{name}": value for name, value in second.counts().items()}
     return current.finish(
-        rows=found.labelled,
+        rows=rows,
         outputs={"pair_grade": tables.version(current.lake, PAIR_GRADE) or 0},
-        counts={"candidates": len(candidates), "without_text": len(candidates) - len(keys)} | found.counts(),
+        counts=counts,
         metrics=found.metrics(config.placement),
     )
 

@@ -154,13 +154,13 @@ def with_newest_labeller(config: Any) -> Any:
     return dataclasses.replace(config, inputs=dataclasses.replace(config.inputs, labeller=newest))
 
 
-def labeller_folder(lake: Lake, value: str) -> str:
-    """The folder that inputs.labeller names, below the lake or anywhere.
+def labeller_folder(lake: Lake, value: str, key: str = "inputs.labeller") -> str:
+    """The folder that a setting names, below the lake or anywhere.
 
     Raises:
         ConfigError: it names none.
     """
     folder = job.find_path(lake, value) if value else None
     if folder is None:
-        raise ConfigError(f"inputs.labeller={value!r}: no such folder; give the one of tune_labeller")
+        raise ConfigError(f"{key}={value!r}: no such folder; give one of tune_labeller")
     return folder

@@ -119,6 +119,19 @@ def scan(table: DeltaTable, columns: Sequence[str], files: set[str] | None = Non
             yield plain.combine_chunks().to_batches()[0]
 
 
+def rows_at(lake: Lake, addresses: pa.Array | pa.ChunkedArray, columns: Sequence[str]) -> pa.Table:
+    """Columns of the ledger's rows at some addresses, with their (first) `row` in the addresses, in that order."""
+    wanted = pa.array(addresses.to_numpy(zero_copy_only=False), pa.string())
+    kinds = {column.name: column.type for column in PAIR_GRADE.columns}
+    found = [pa.table({"row": pa.array([], pa.int32())} | {name: pa.array([], kinds[name]) for name in columns})]
+    if tables.exists(lake, PAIR_GRADE):
+        for batch in scan(tables.open_table(lake, PAIR_GRADE), list(dict.fromkeys(["address", *columns]))):
+            row = pc.index_in(batch["address"], value_set=wanted)
+            own = pa.table({"row": row} | {name: batch[name] for name in columns})
+            found.append(own.filter(pc.is_valid(row)))
+    return pa.concat_tables(found).sort_by("row")
+
+
 def newest_of_pairs(lake: Lake, query_hashes: pa.ChunkedArray, product_hashes: pa.ChunkedArray) -> list[str | None]:
     """Address of the newest row of each pair of texts, whatever judge wrote it; None where there is none.
 

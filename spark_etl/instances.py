@@ -64,13 +64,15 @@ def build_instances(tables: Mapping[str, DataFrame], recipe: InstancesRecipe) ->
 def newest_grades(ledger: DataFrame, recipe: InstancesRecipe) -> DataFrame:
     """The grade of each pair of texts: an expert's, else people's consensus, else the labeller's, each the newest.
 
-    Of labellers only the recipe's counts if it names one. Columns query_hash, product_hash, grade, p0, p1, p2, labeller
-    and is_human.
+    Of labellers only the recipe's and its stronger one count if it names them. Columns query_hash, product_hash, grade,
+    p0, p1, p2, labeller and is_human.
     """
     is_human, is_expert = sf.col("judge") == "human", sf.col("labeller") != CONSENSUS
-    rows = ledger.where(is_human | (sf.col("labeller") == recipe.labeller)) if recipe.labeller else ledger
+    is_stronger = sf.col("labeller") == recipe.stronger
+    is_wanted = is_human | is_stronger | (sf.col("labeller") == recipe.labeller)
+    rows = ledger.where(is_wanted) if recipe.labeller else ledger
     order = Window.partitionBy("query_hash", "product_hash").orderBy(
-        sf.desc(is_human), sf.desc(is_human & is_expert), sf.desc("created_at"), "address"
+        sf.desc(is_human), sf.desc(is_human & is_expert), sf.desc(is_stronger), sf.desc("created_at"), "address"
     )
     newest = rows.withColumn("age", sf.row_number().over(order)).where("age = 1")
     return newest.select("query_hash", "product_hash", "grade", *SHARES, "labeller", is_human.alias("is_human"))

@@ -97,6 +97,9 @@ class InstancesRecipe:
 
     stage: Annotated[Literal[1, 2], meaning("1: all but mined pairs; 2: all of stage 1 and the mined pairs kept")] = 1
     labeller: Annotated[str, meaning("fingerprint of the labeller whose grades count; empty: the newest grade")] = ""
+    stronger: Annotated[
+        str, meaning("fingerprint of the labeller that abstentions went to, whose grades go first; empty: none")
+    ] = ""
     min_grade_probability: Annotated[
         float, meaning("labeller's grades less probable than this are left out", "0..1", ge=0, le=1)
     ] = 0.0

@@ -420,6 +420,37 @@ def test_a_file_without_a_title_ends_in_one_sentence(lake, labeller, tmp_path):
         label_file.run(label_file.Config(lake=lake.root, out="out.xls", inputs=inputs))
 
 
+def test_a_stronger_labeller_is_asked_where_the_first_abstains_and_its_rows_name_the_first_s(shop, labeller, tmp_path):
+    stronger = with_other_temperature(tmp_path, labeller)
+    recipe = label_pairs.LabelRecipe(abstain_risk=0.12)
+    config = dataclasses.replace(config_of(shop, labeller, stronger=stronger), recipe=recipe)
+
+    counts = label_pairs.run(config).counts
+
+    first, second = (load_labeller_card(folder).fingerprint for folder in (labeller, stronger))
+    rows = {row["address"]: row for row in ledger(shop).to_pylist()}
+    superseded = {row["supersedes"] for row in rows.values() if row["labeller"] == second}
+    risk = {
+        address: sum(row[f"p{grade}"] * (row["grade"] - grade) ** 2 for grade in range(3))
+        for address, row in rows.items()
+        if row["labeller"] == first
+    }
+    doubtful = {address for address, value in risk.items() if value > 0.12}
+    assert 0 < len(doubtful) < 54
+    assert superseded == doubtful
+    assert counts["stronger/labelled"] == counts["abstained"] == len(doubtful)
+    again = label_pairs.run(config).counts
+    assert (again["asked"], again["stronger/asked"]) == (0, 0)
+
+
+def with_other_temperature(tmp_path, labeller):
+    """A labeller that differs from another by its calibration."""
+    recipe, target = LabellerRecipe(model=str(tmp_path / "model"), max_tokens=32), str(tmp_path / "stronger")
+    calibrations = {"": Calibration(temperature=0.7)}
+    save_labeller(tmp_path / "weights", target, recipe, grade_token_ids=(), calibrations=calibrations, metrics={})
+    return target
+
+
 def test_people_s_grades_stand_in_the_ledger_once_and_name_what_they_supersede(shop, labeller):
     put(shop, CANDIDATE_PAIR, [{"dataset": "s", "query_id": "q1", "product_id": "p1", "source": "annotated"}])
     label_pairs.run(config_of(shop, labeller))

@@ -176,3 +176,16 @@ def test_a_population_s_class_rates_change_the_labeller_s_grades_of_it_alone(spa
     for least, rest in ((0.83, [("p1", 0, "mined")]), (0.84, None)):
         sure = built(tables, InstancesRecipe(stage=2, labeller="new", min_grade_probability=least))
         assert sure.get("q1") == (rest and [("p0", 1, "human"), *rest])
+
+
+def test_a_stronger_labeller_goes_before_the_one_whose_abstentions_it_was_asked_for(spark):
+    ledger = [
+        grade_row("shoe", "p1", 1, day=9),
+        grade_row("shoe", "p1", 2, labeller="strong", day=2),
+        grade_row("shoe", "p2", 1, day=9),
+        grade_row("shoe", "p2", 2, labeller="other", day=9),
+    ]
+    candidates = [("q1", "p1", "sampled"), ("q1", "p2", "sampled")]
+    tables = tables_of(spark, consensus=[("q1", "p0", 0)], candidates=candidates, ledger=ledger)
+    found = built(tables, InstancesRecipe(labeller="new", stronger="strong"))
+    assert found["q1"] == [("p0", 0, "human"), ("p1", 2, "sampled"), ("p2", 1, "sampled")]
