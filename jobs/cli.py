@@ -63,6 +63,7 @@ PLAIN_JOBS = (
     "simulate",
     "import_dataset",
     "record_human_grades",
+    "vote_grades",
     "correct_class_rates",
     "report",
     "search",

@@ -136,12 +136,12 @@ def addressed(keys: pa.Table, card: LabellerCard) -> pa.Table:
 def waiting_pairs(lake: Lake, keys: pa.Table) -> pa.Table:
     """Those of the pairs whose address the ledger does not hold, one per address, in their order."""
     if not tables.exists(lake, PAIR_GRADE):
-        return _first_of_each(keys)
+        return first_of_each(keys)
     held = Ledger(lake, keys["address"]).holds(keys["address"])
-    return _first_of_each(keys.filter(pa.array(~held, pa.bool_())))
+    return first_of_each(keys.filter(pa.array(~held, pa.bool_())))
 
 
-def _first_of_each(keys: pa.Table) -> pa.Table:
+def first_of_each(keys: pa.Table) -> pa.Table:
     """One pair per address, the first: equal texts are graded once."""
     place = pa.array(np.arange(len(keys)))
     kept = keys.append_column("place", place).group_by("address").aggregate([("place", "min")])["place_min"]
@@ -172,7 +172,7 @@ def grade_pairs(
     """
     card, book = load_labeller_card(folder), Ledger(current.lake, keys["address"])
     missing = keys.filter(pa.array(~book.holds(keys["address"]), pa.bool_()))
-    waiting = _first_of_each(missing).sort_by([("query_hash", "ascending"), ("address", "ascending")])
+    waiting = first_of_each(missing).sort_by([("query_hash", "ascending"), ("address", "ascending")])
     found = Graded(reused=len(keys) - len(missing))
     log.info("%s: %d texts to grade, %d pairs are in the ledger", current.job, len(waiting), found.reused)
     if len(waiting):

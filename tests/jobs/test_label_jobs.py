@@ -24,6 +24,7 @@ from jobs import (
     label_pairs,
     record_human_grades,
     tune_labeller,
+    vote_grades,
 )
 from jobs.job import GateError
 from lake import tables
@@ -441,6 +442,28 @@ def test_a_stronger_labeller_is_asked_where_the_first_abstains_and_its_rows_name
     assert counts["stronger/labelled"] == counts["abstained"] == len(doubtful)
     again = label_pairs.run(config).counts
     assert (again["asked"], again["stronger/asked"]) == (0, 0)
+
+
+def test_votes_are_the_mean_of_what_all_labellers_say_of_a_pair(shop, labeller, tmp_path):
+    other = with_other_temperature(tmp_path, labeller)
+    label_pairs.run(config_of(shop, labeller))
+    few = label_pairs.LabelRecipe(sources=("mined",))
+    label_pairs.run(dataclasses.replace(config_of(shop, other), recipe=few))
+    config = vote_grades.Config(lake=shop.root, inputs=vote_grades.Inputs(labellers=(other, labeller)))
+
+    record = vote_grades.run(config)
+
+    assert (record.counts["labelled"], record.counts["not_graded_by_all"]) == (1, 53)
+    facts = explain.explain(shop, "q0", "p0")["pair_grade"]
+    *members, votes = [row for row in facts if row["product_id"] == "p0"]
+    assert [row["judge"] for row in (*members, votes)] == ["labeller", "labeller", "votes"]
+    for name in ("p0", "p1", "p2"):
+        assert votes[name] == pytest.approx(sum(row[name] for row in members) / 2)
+    assert votes["supersedes"] == members[1]["address"]
+    assert vote_grades.run(config).counts["reused"] == 1
+    assert vote_grades.electorate_of(["b", "a"]) == vote_grades.electorate_of(["a", "b"])
+    with pytest.raises(ConfigError, match="votes need two labellers"):
+        vote_grades.run(dataclasses.replace(config, inputs=vote_grades.Inputs(labellers=(labeller,))))
 
 
 def with_other_temperature(tmp_path, labeller):
