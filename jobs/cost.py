@@ -152,13 +152,13 @@ def render(plan: CostPlan) -> str:
     """The plan in words, one fact per line."""
     if not plan.pairs:
         return "nothing to grade: every pair is in the ledger, or the budget allows none"
-    money = f"{plan.cost:,.2f} {plan.currency}" if plan.cost else "unknown; give placement.price_per_hour"
+    money = f"{plan.cost:,.4g} {plan.currency}" if plan.cost else "unknown; give placement.price_per_hour"
     return "\n".join(
         [
             f"pairs          {plan.pairs:,}",
             f"tokens         {plan.tokens:,} ({plan.tokens_per_pair:.1f} a pair)",
             f"tokens/s       {plan.tokens_per_sec:,.0f}, measured by {plan.measured_by}",
-            f"{'GPU-hours' if plan.on_gpu else 'engine-hours':<14} {plan.engine_hours:.3f}",
+            f"{'GPU-hours' if plan.on_gpu else 'engine-hours':<14} {plan.engine_hours:.4g}",
             f"money          {money}",
         ]
     )

@@ -58,7 +58,7 @@ class GradingRecipe:
             "asked where there is one; what that one's answer costs, over what a squared error costs",
             gt=0,
         ),
-    ] = 0.5
+    ] = 0.6
 
 
 @dataclasses.dataclass

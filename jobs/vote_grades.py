@@ -39,7 +39,7 @@ class VoteRecipe:
 
     abstain_risk: Annotated[
         float, meaning("expected squared error of the joint grade from which on it counts as an abstention", gt=0)
-    ] = 0.5
+    ] = 0.6
 
 
 @settings
