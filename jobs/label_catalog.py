@@ -259,15 +259,14 @@ class _DatasetCandidates:
 
     def rows(self, kept: pa.Table, origin: str) -> pa.Table:
         """Kept rows whose texts are as they were, and the candidates of what is new, all with today's value."""
-        kept_pairs, is_valid = self._rows_of(kept)
+        (query_N, product_N), is_valid = self._rows_of(kept)
+        kept = kept.filter(pa.array(is_valid))
         product_hash, query_hash = self.catalog.products["product_hash"], self.queries["query_hash"]
-        is_same = np.zeros(len(kept), dtype=bool)
-        is_same[is_valid] = [
-            kept["query_hash"][row].as_py() == query_hash[query].as_py()
-            and kept["product_hash"][row].as_py() == product_hash[product].as_py()
-            for row, query, product in zip(np.flatnonzero(is_valid), *kept_pairs, strict=True)
-        ]
-        kept, kept_pairs = kept.filter(pa.array(is_same)), tuple(part[is_same[is_valid]] for part in kept_pairs)
+        is_same = pc.and_(
+            pc.equal(kept["query_hash"], query_hash.take(pa.array(query_N))),
+            pc.equal(kept["product_hash"], product_hash.take(pa.array(product_N))),
+        ).to_numpy()
+        kept, kept_pairs = kept.filter(pa.array(is_same)), (query_N[is_same], product_N[is_same])
         new_Q, new_P = (
             np.setdiff1d(np.arange(len(side)), known)
             for side, known in zip((self.queries, self.catalog.products), kept_pairs, strict=True)
