@@ -23,6 +23,10 @@ PLACEHOLDERS = frozenset({"title", "purpose", "grades", "edge_cases", "query", "
 
 NEUTRALISER = 2
 """Version of `neutralise`, part of every prompt's fingerprint; a change of what it gives is a new one."""
+PROMPT_BLOCK = 32
+"""Tokens to a multiple of which the part of a prompt that a query's pairs share is filled up with line breaks. Engines
+keep whole blocks only, of 32 tokens on processors and 16 on most cards: of a part that ends within a block, the rest
+is computed for every pair."""
 _SIGNS = frozenset("<>[]|/")
 _TAG = re.compile(r"<(?=\s*[|/!?A-Za-z_])")
 _BRACKETED = re.compile(r"\[(\s*[|/]?\s*\w{2,16}\s*\|?\s*)\]")
@@ -181,7 +185,7 @@ def build_prompt(guideline: Guideline, query: str, product: ProductFields, recip
 
 def prompt_fingerprint(guideline: Guideline, kind: LabellerKind, recipe: TextRecipe, max_tokens: int) -> str:
     """Hash of all that decides which tokens a pair becomes, apart from the tokenizer, which goes with the weights."""
-    asked = prompt_segments(guideline) if kind == "generative" else ("query", "product")
+    asked = (*prompt_segments(guideline), PROMPT_BLOCK) if kind == "generative" else ("query", "product")
     return fingerprint("prompt", NEUTRALISER, kind, asked, recipe, max_tokens)
 
 

@@ -27,6 +27,7 @@ from conf.load import ConfigError, meaning, settings, validate
 from embeddings.anchors import ANCHOR_FILE, write_anchors
 from embeddings.calibration import Calibration
 from embeddings.guideline import (
+    PROMPT_BLOCK,
     Guideline,
     LabellerKind,
     ProductFields,
@@ -104,6 +105,11 @@ class LabellerRecipe:
     deterministic: Annotated[bool, meaning("bit-equal reruns on equal machines, threads and workers")] = False
     seed: Annotated[int, meaning("of order, random pairs, head and dropout", ge=0)] = 0
 
+    @property
+    def prompt_block(self) -> int:
+        """The card's: labellers that are tuned from now on have it."""
+        return PROMPT_BLOCK if self.kind == "generative" else 0
+
 
 @settings
 class LabellerCard:
@@ -119,7 +125,13 @@ class LabellerCard:
         dict[str, Calibration], meaning("of a data set's judged pairs, by data set; '' is that of any other pairs")
     ]
     metrics: Annotated[dict[str, float], meaning("agreement with people, and calibration")]
-    fingerprint: Annotated[str, meaning("hash of weights, tokenizer and all above but the metrics")]
+    fingerprint: Annotated[str, meaning("hash of weights, tokenizer and all else here but the metrics")]
+    prompt_block: Annotated[
+        int,
+        meaning(
+            "tokens to a multiple of which the part shared by a query's pairs is filled up; 0: not", "tokens", ge=0
+        ),
+    ] = 0
 
     @property
     def decoding(self) -> str:
@@ -135,7 +147,8 @@ class LabellerCard:
 class PairEncoder:
     """Turns pairs into token ids, cut to fit: of a classifier's pair the longer side first, of a prompt the product.
 
-    A prompt cuts its query only where that would leave less than 16 tokens to the product, and itself never.
+    A prompt cuts its query only where that would leave less than 16 tokens to the product, and itself never. Where
+    there is room, line breaks before the query end the part that its pairs share with a block (PROMPT_BLOCK).
 
     Args:
         source: folder or name of the tokenizer.
@@ -167,7 +180,7 @@ class PairEncoder:
                     f"recipe.max_tokens={self.max_tokens}: the prompt of guideline {guideline.version} leaves "
                     f"{room} tokens to query and product; give at least {self.max_tokens - room + 128}"
                 )
-            self._room = room
+            self._room, self._block, self._filler = room, card.prompt_block, self._ids("\n")[-1:]
         else:
             self.grade_token_ids = ()
 
@@ -190,7 +203,9 @@ class PairEncoder:
         pairs = []
         for query, product in zip(map(self._ids, asked), map(self._ids, shown), strict=True):
             kept = query[: self._room - MIN_PRODUCT_TOKENS]
-            pairs.append([*before, *kept, *between, *product[: self._room - len(kept)], *after])
+            room = self._room - len(kept)
+            fill = self._fill(len(before) + len(kept) + len(between), room - len(product))
+            pairs.append([*before, *fill, *kept, *between, *product[:room], *after])
         return pairs
 
     def encode_rows(self, rows: pa.Table) -> list[list[int]]:
@@ -200,6 +215,11 @@ class PairEncoder:
             for name in ProductFields._fields
         ]
         return self.encode(rows["query"].to_pylist(), [ProductFields(*values) for values in zip(*columns, strict=True)])
+
+    def _fill(self, shared: int, room: int) -> list[int]:
+        """What ends a shared part of so many tokens with a block; nothing where that would cost the product tokens."""
+        missing = -shared % self._block if self._block else 0
+        return self._filler * missing if missing <= room else []
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
@@ -249,6 +269,8 @@ def save_labeller(
         "grade_token_ids": list(grade_token_ids),
         "calibrations": {name: dataclasses.asdict(found) for name, found in calibrations.items()},
     }
+    if recipe.prompt_block:
+        essentials["prompt_block"] = recipe.prompt_block
     digest = hashlib.sha256(json.dumps(essentials, sort_keys=True).encode())
     files = sorted(path for path in Path(weights).iterdir() if path.is_file())
     for path in files:

@@ -7,12 +7,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from conf.load import ConfigError
 from embeddings.calibration import Calibration
-from embeddings.guideline import ProductFields, load_guideline
+from embeddings.guideline import PROMPT_BLOCK, ProductFields, load_guideline, prompt_segments
 from embeddings.labeller import (
+    CARD_FILE,
     LabellerRecipe,
     PairEncoder,
     export_labeller,
     load_labeller_card,
+    load_pair_encoder,
     save_labeller,
     violations,
 )
@@ -64,6 +66,34 @@ def test_a_long_product_is_cut_and_the_query_and_the_prompts_end_are_not(tmp_pat
         assert len(short) < len(long) == encoder.max_tokens
         assert long[-1] == short[-1]
         assert encoder.tokenizer.decode(long).replace(" ", "").find("redshoe") >= 0
+
+
+def test_what_the_pairs_of_a_query_share_ends_with_a_block_of_an_engine_s_cache(tmp_path):
+    _, encoder, _ = build(tmp_path, "generative")
+    for query in ("a", "red shoe", "a rather long query"):
+        short, other = encoder.encode([query] * 2, [ProductFields("shoe"), ProductFields("boot")])
+        shared = next(at for at, (one, two) in enumerate(zip(short, other, strict=True)) if one != two)
+        assert shared % PROMPT_BLOCK == 0
+        assert f"<query>{query}</query>" in encoder.tokenizer.decode(short).replace("\n", "")
+
+    # a product that needs the room gets it
+    full = encoder.tokenizer.decode(encoder.encode(["red shoe"], [ProductFields("x" * 260)])[0])
+    assert f"<query>red shoe</query>\n<product>{'x' * 260}</product>" in full
+
+
+def test_a_folder_from_before_blocks_reads_what_it_was_trained_on(tmp_path):
+    recipe, encoder, _ = build(tmp_path, "generative")
+    save_weights(build_labeller(recipe, encoder, device="cpu"), encoder, tmp_path / "weights")
+    ids, folder = encoder.grade_token_ids, tmp_path / "labeller"
+    save_labeller(tmp_path / "weights", str(folder), recipe, grade_token_ids=ids, calibrations={}, metrics={})
+    assert load_pair_encoder(folder).encode(QUERIES, PRODUCTS) == encoder.encode(QUERIES, PRODUCTS)
+
+    card = json.loads((folder / CARD_FILE).read_text())
+    assert card.pop("prompt_block") == PROMPT_BLOCK
+    (folder / CARD_FILE).write_text(json.dumps(card))
+    before, between, after = prompt_segments(load_guideline(recipe.guideline))
+    (tokens,) = load_pair_encoder(folder).encode(["red shoe"], [ProductFields("shoe")])
+    assert encoder.tokenizer.decode(tokens) == f"{before}red shoe{between}shoe{after}"
 
 
 def test_a_backbone_s_head_of_three_classes_is_drawn_anew(tmp_path):
