@@ -43,7 +43,7 @@ KV_CACHE_GIB = 1
 HF_BATCH = 32
 MAX_JSON_TOKENS = 12
 SAME_STEP_SECONDS = 0.2
-QUICK = {"ours": 192, "bare_vllm": 128, "vllm_chat_json": 48, "hf_generate": 16, "classifier": 1000}
+QUICK = {"ours": 192, "bare_vllm": 192, "vllm_chat_json": 48, "hf_generate": 8, "classifier": 1000}
 FULL = {"ours": 2048, "bare_vllm": 2048, "vllm_chat_json": 256, "hf_generate": 128, "classifier": 8000}
 
 Timed = tuple[int, float]
@@ -61,7 +61,7 @@ def esci_pairs(root: Path, num_pairs: int) -> pa.Table:
     joined = joined.rename_columns({"product_title": "title", "product_brand": "brand"}).select(
         ["query", "title", "brand"]
     )
-    # whole queries, as many as are needed, then shuffled
+    # all pairs of as few queries as are needed, then shuffled
     few = joined.slice(0, num_pairs)
     few = few.take(np.random.default_rng(0).permutation(len(few)))
     return few.append_column("address", pa.array([f"{row:08d}" for row in range(len(few))]))
@@ -98,13 +98,14 @@ class Ours:
             engine="vllm", part_rows=64, batch_rows=64, threads_per_engine=THREADS, kv_cache_gib=KV_CACHE_GIB
         )
         costs: list[pa.Table] = []
-        done = sum(map(len, label_pairs(pairs, self.folder, placement, observe=costs.append)))
-        cost = pa.concat_tables(costs)
-        prompt, cached = (sum(cost[name].to_pylist()) for name in ("prompt_tokens", "cached_tokens"))
-        self.told |= token_figures("ours", done, prompt, cached, new=done)
-        answered = np.sort(cost["answered"].to_numpy())
+        for _ in label_pairs(pairs, self.folder, placement, observe=costs.append):
+            pass
+        cost = pa.concat_tables(costs).sort_by("answered")
+        answered = cost["answered"].to_numpy()
         # the answers of a step come together, and the first step's work is no part of the time
-        later = answered[answered > answered[0] + SAME_STEP_SECONDS]
+        later = cost.filter(answered > answered[0] + SAME_STEP_SECONDS)
+        prompt, cached = (sum(later[name].to_pylist()) for name in ("prompt_tokens", "cached_tokens"))
+        self.told |= token_figures("ours", len(later), prompt, cached, new=len(later))
         return len(later), float(answered[-1] - answered[0])
 
 
@@ -242,7 +243,7 @@ def compare_generative(
     recipe = LabellerRecipe(kind="generative", model=str(models / "smollm2-135m"), max_tokens=1536)
     folder = untuned(scratch / "generative", recipe)
     peers, ours = VllmPeers(folder, recipe, compiled), Ours(folder)
-    pairs = esci_pairs(esci, max(counts.values()))
+    pairs = esci_pairs(esci, counts["ours"])
     contestants: dict[str, Callable[[pa.Table], Timed]] = {
         "vllm_chat_json": peers.chat_json,
         "bare_vllm": peers.bare,

@@ -11,7 +11,15 @@ from embeddings.labeller import LabellerCard, LabellerRecipe, PairEncoder, load_
 from embeddings.labeller_model import build_labeller, save_weights
 from embeddings.text import TextRecipe
 from ray_apps.cluster import RayPlacement
-from ray_apps.label import CPU_BLOCK_TOKENS, _answer, _engine_config, check_servable, chosen_engine, label_pairs
+from ray_apps.label import (
+    CPU_BLOCK_TOKENS,
+    CPU_MEMORY,
+    _answer,
+    _engine_config,
+    check_servable,
+    chosen_engine,
+    label_pairs,
+)
 from ray_apps.placements import LabelPlacement
 from tests.tiny_models import tiny_bert_folder, tiny_causal_lm_folder, tiny_guideline_file
 
@@ -90,6 +98,7 @@ def test_an_engine_on_a_processor_shares_the_smallest_blocks_its_attention_takes
     assert config.placement_group_config["bundles"] == [{"CPU": 1, "GPU": 0}]
     environment = config.runtime_env["env_vars"]
     assert (environment["OMP_NUM_THREADS"], environment["VLLM_CPU_KVCACHE_SPACE"]) == ("3", "2")
+    assert environment.items() >= CPU_MEMORY.items()
     classifier = _engine_config("folder", card("classifier"), LabelPlacement()).engine_kwargs
     assert not {"block_size", "logprobs_mode"} & classifier.keys()
 
