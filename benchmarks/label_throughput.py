@@ -282,7 +282,7 @@ def run_rounds(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the comparison; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="under 4 minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="fewer pairs, one round")
     parser.add_argument("--rounds", type=int, default=0, help="rounds; 1 with --quick, else 3")
     parser.add_argument("--compiled", action="store_true", help="lets vLLM compile the model for the chat")
     arguments = parser.parse_args(argv)
