@@ -6,13 +6,14 @@ Generative kind (folder smollm2-135m of ASSAY_MODELS): ours (Ray Data + vLLM, th
 query, one token under the mask) against
   vllm_chat_json  vLLM's chat interface in the order of the file: guideline, then the pair, the answer as JSON;
   hf_generate     Hugging Face generate in batches of 32 with our prompt and one new token;
-  bare_vllm       our token ids in our order, given to vLLM without Ray.
+  bare_vllm       our token ids in our order, given to vLLM, started as ours is, without Ray.
 Classifier (all-MiniLM-L6-v2 of the extra demo): ours against
   hf_classifier_unsorted  transformers in batches of 32 in the order of the file.
 
-Rates are steady-state: starts are apart, ours counts from its first answers to its last. Each round runs all
-contestants one after the other, the slow ones on fewer of the same pairs. Pairs are those of ESCI below ASSAY_DATA. The
-last line is JSON; above 1 is ours faster.
+Rates are steady-state: starts are apart, ours counts from the engine's first answers, which are left out, to its last.
+Each round runs all contestants one after the other, the slow ones on fewer of the same pairs. Pairs are those of ESCI
+below ASSAY_DATA. The last line is JSON; above 1 is ours faster. Its tokens are those computed, prompt and answer, and a
+hit rate is the share of the prompts' tokens that came from the prefix cache.
 """
 
 from __future__ import annotations
@@ -33,15 +34,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embeddings.guideline import ProductFields, labeller_product_text, load_guideline, render_markdown
-from embeddings.labeller import LabellerRecipe, PairEncoder, save_labeller
-from ray_apps.label import OFFLINE, label_pairs
+from embeddings.labeller import LabellerRecipe, PairEncoder, load_labeller_card, save_labeller
+from ray_apps.label import OFFLINE, engine_arguments, label_pairs
 from ray_apps.placements import LabelPlacement
 
 THREADS = 2
 KV_CACHE_GIB = 1
 HF_BATCH = 32
 MAX_JSON_TOKENS = 12
-QUICK = {"ours": 192, "bare_vllm": 128, "vllm_chat_json": 48, "hf_generate": 16, "classifier": 1000}
+SAME_STEP_SECONDS = 0.2
+QUICK = {"ours": 192, "bare_vllm": 192, "vllm_chat_json": 48, "hf_generate": 8, "classifier": 1000}
 FULL = {"ours": 2048, "bare_vllm": 2048, "vllm_chat_json": 256, "hf_generate": 128, "classifier": 8000}
 
 Timed = tuple[int, float]
@@ -59,7 +61,7 @@ def esci_pairs(root: Path, num_pairs: int) -> pa.Table:
     joined = joined.rename_columns({"product_title": "title", "product_brand": "brand"}).select(
         ["query", "title", "brand"]
     )
-    # whole queries, as many as are needed, then shuffled
+    # all pairs of as few queries as are needed, then shuffled
     few = joined.slice(0, num_pairs)
     few = few.take(np.random.default_rng(0).permutation(len(few)))
     return few.append_column("address", pa.array([f"{row:08d}" for row in range(len(few))]))
@@ -83,14 +85,33 @@ def untuned(folder: Path, recipe: LabellerRecipe) -> str:
     return str(folder / "labeller")
 
 
-def time_ours(pairs: pa.Table, folder: str) -> Timed:
-    """From the first part of answers to the last: the engine's start is apart."""
-    placement = LabelPlacement(
-        engine="vllm", part_rows=64, batch_rows=64, threads_per_engine=THREADS, kv_cache_gib=KV_CACHE_GIB
-    )
-    parts = label_pairs(pairs, folder, placement)
-    next(parts)
-    return time_parts(parts)
+class Ours:
+    """Our way of grading, and what the engine told of it."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.told: dict[str, float] = {}
+
+    def grade(self, pairs: pa.Table) -> Timed:
+        """From the engine's first answers to its last, by its own clock: what it did before is its start."""
+        placement = LabelPlacement(
+            engine="vllm", part_rows=64, batch_rows=64, threads_per_engine=THREADS, kv_cache_gib=KV_CACHE_GIB
+        )
+        cost = pa.concat_tables(label_pairs(pairs, self.folder, placement)).sort_by("answered")
+        answered = cost["answered"].to_numpy()
+        # the answers of a step come together, and the first step's work is no part of the time
+        later = cost.filter(answered > answered[0] + SAME_STEP_SECONDS)
+        prompt, cached = (sum(later[name].to_pylist()) for name in ("tokens", "cached_tokens"))
+        self.told |= token_figures("ours", len(later), prompt, cached, new=len(later))
+        return len(later), float(answered[-1] - answered[0])
+
+
+def token_figures(name: str, pairs: int, prompt: int, cached: int, new: int) -> dict[str, float]:
+    """Tokens computed per pair, and the share of the prompts' that were not."""
+    return {
+        f"{name}_tokens_per_pair": round((prompt - cached + new) / pairs, 1),
+        f"{name}_prefix_hit_rate": round(cached / prompt, 3),
+    }
 
 
 def time_parts(parts: Iterator[pa.Table]) -> Timed:
@@ -101,28 +122,24 @@ def time_parts(parts: Iterator[pa.Table]) -> Timed:
 
 
 class VllmPeers:
-    """One vLLM engine in this process, for both peers that use it.
+    """vLLM in this process, with ours and with its own settings.
 
     Args:
         folder: of the labeller.
+        compiled: lets vLLM compile the model for the naive peer, as it does unless told otherwise.
     """
 
-    def __init__(self, folder: str, recipe: LabellerRecipe) -> None:
+    def __init__(self, folder: str, recipe: LabellerRecipe, compiled: bool) -> None:
         from vllm import LLM
 
         self.guideline = load_guideline(recipe.guideline)
         self.encoder = PairEncoder(folder, recipe, self.guideline)
         self.recipe = recipe
-        self.engine = LLM(
-            folder,
-            dtype="float32",
-            max_model_len=recipe.max_tokens + MAX_JSON_TOKENS,
-            max_num_seqs=128,
-            enforce_eager=True,
-            logprobs_mode="processed_logprobs",
-            max_logprobs=3,
-        )
-        self.cached: dict[str, float] = {}
+        placement = LabelPlacement(threads_per_engine=THREADS, kv_cache_gib=KV_CACHE_GIB)
+        self.engine = LLM(folder, **engine_arguments(load_labeller_card(folder), placement))
+        longest = recipe.max_tokens + MAX_JSON_TOKENS
+        self.naive = LLM(folder, dtype="float32", max_model_len=longest, enforce_eager=not compiled)
+        self.told: dict[str, float] = {}
 
     def bare(self, pairs: pa.Table) -> Timed:
         """Our token ids in our order."""
@@ -134,7 +151,9 @@ class VllmPeers:
         sampling = SamplingParams(
             max_tokens=1, temperature=0.0, logprobs=3, allowed_token_ids=allowed, detokenize=False
         )
-        self.engine.generate(prompts[:4], sampling, use_tqdm=False)
+        self.engine.reset_prefix_cache()
+        warm = self.encoder.encode(["warm"], [ProductFields("up")])
+        self.engine.generate([TokensPrompt(prompt_token_ids=warm[0])], sampling, use_tqdm=False)
         return self._timed("bare_vllm", lambda: self.engine.generate(prompts, sampling, use_tqdm=False))
 
     def chat_json(self, pairs: pa.Table) -> Timed:
@@ -143,13 +162,15 @@ class VllmPeers:
 
         page = render_markdown(self.guideline)
         ask = 'Answer as JSON: {"grade": 0}, {"grade": 1} or {"grade": 2}.'
-        messages = [
-            [{"role": "user", "content": f"{page}\n\nQuery: {query}\nProduct: {product}\n\n{ask}"}]
-            for query, product in zip(pairs["query"].to_pylist(), product_texts(pairs, self.recipe), strict=True)
-        ]
+
+        def message(query: str, product: str) -> list[dict[str, str]]:
+            return [{"role": "user", "content": f"{page}\n\nQuery: {query}\nProduct: {product}\n\n{ask}"}]
+
+        messages = list(map(message, pairs["query"].to_pylist(), product_texts(pairs, self.recipe)))
         sampling = SamplingParams(max_tokens=MAX_JSON_TOKENS, temperature=0.0)
-        self.engine.chat(messages[:2], sampling, use_tqdm=False)
-        return self._timed("vllm_chat_json", lambda: self.engine.chat(messages, sampling, use_tqdm=False))
+        self.naive.reset_prefix_cache()
+        self.naive.chat([message("warm", "up")], sampling, use_tqdm=False)
+        return self._timed("vllm_chat_json", lambda: self.naive.chat(messages, sampling, use_tqdm=False))
 
     def _timed(self, name: str, ask: Callable[[], Sequence[Any]]) -> Timed:
         """Times all questions at once, and keeps how many tokens they took."""
@@ -159,8 +180,7 @@ class VllmPeers:
         prompt = sum(len(answer.prompt_token_ids) for answer in answers)
         cached = sum(answer.num_cached_tokens or 0 for answer in answers)
         new = sum(len(output.token_ids) for answer in answers for output in answer.outputs)
-        self.cached[f"{name}_tokens_per_pair"] = round((prompt - cached + new) / len(answers), 1)
-        self.cached[f"{name}_prefix_hit_rate"] = round(cached / prompt, 3)
+        self.told |= token_figures(name, len(answers), prompt, cached, new)
         return len(answers), seconds
 
 
@@ -213,20 +233,22 @@ def time_hf_classifier(pairs: pa.Table, folder: str, recipe: LabellerRecipe) -> 
     return len(queries), time.monotonic() - began
 
 
-def compare_generative(models: Path, esci: Path, counts: dict[str, int], rounds: int, scratch: Path) -> dict[str, Any]:
+def compare_generative(
+    models: Path, esci: Path, counts: dict[str, int], rounds: int, scratch: Path, compiled: bool
+) -> dict[str, Any]:
     """Pairs per second of ours and its three peers."""
     recipe = LabellerRecipe(kind="generative", model=str(models / "smollm2-135m"), max_tokens=1536)
     folder = untuned(scratch / "generative", recipe)
-    peers = VllmPeers(folder, recipe)
-    pairs = esci_pairs(esci, max(counts.values()))
+    peers, ours = VllmPeers(folder, recipe, compiled), Ours(folder)
+    pairs = esci_pairs(esci, counts["ours"])
     contestants: dict[str, Callable[[pa.Table], Timed]] = {
         "vllm_chat_json": peers.chat_json,
         "bare_vllm": peers.bare,
         "hf_generate": lambda few: time_hf_generate(few, folder, recipe),
-        "ours": lambda few: time_ours(few, folder),
+        "ours": ours.grade,
     }
     rates = run_rounds(contestants, pairs, counts, rounds)
-    return {"pairs_per_sec": rates, "tokens": peers.cached}
+    return {"pairs_per_sec": rates, "tokens": peers.told | ours.told}
 
 
 def compare_classifier(esci: Path, counts: dict[str, int], rounds: int, scratch: Path) -> dict[str, float]:
@@ -257,8 +279,9 @@ def run_rounds(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the comparison; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="under 4 minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="fewer pairs, one round")
     parser.add_argument("--rounds", type=int, default=0, help="rounds; 1 with --quick, else 3")
+    parser.add_argument("--compiled", action="store_true", help="lets vLLM compile the model for the chat")
     arguments = parser.parse_args(argv)
     data = os.environ.get("ASSAY_DATA", "")
     if not Path(data, "esci").is_dir():
@@ -282,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         told["classifier_pairs_per_sec"] = rates
         ratios["hf_classifier_unsorted"] = rates["ours"] / rates["hf_classifier_unsorted"]
         if (models / "smollm2-135m").is_dir():
-            found = compare_generative(models, Path(data, "esci"), counts, rounds, Path(scratch))
+            found = compare_generative(models, Path(data, "esci"), counts, rounds, Path(scratch), arguments.compiled)
             told |= {"generative_pairs_per_sec": found["pairs_per_sec"]} | found["tokens"]
             own = found["pairs_per_sec"]
             ratios |= {name: own["ours"] / rate for name, rate in own.items() if name != "ours"}

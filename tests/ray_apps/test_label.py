@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import numpy as np
 import pyarrow as pa
@@ -81,8 +82,15 @@ def card(kind="generative"):
     )  # fmt: skip
 
 
+def engine_config(labeller, placement):
+    with warnings.catch_warnings():
+        # what Ray imports for it warns of deprecated spellings of its own
+        warnings.simplefilter("ignore")
+        return _engine_config("folder", labeller, placement)
+
+
 def test_an_engine_on_a_processor_shares_the_smallest_blocks_its_attention_takes():
-    config = _engine_config("folder", card(), LabelPlacement(threads_per_engine=3, kv_cache_gib=2))
+    config = engine_config(card(), LabelPlacement(threads_per_engine=3, kv_cache_gib=2))
 
     engine = config.engine_kwargs
     assert (engine["block_size"], engine["enable_prefix_caching"], engine["max_model_len"]) == (32, True, 513)
@@ -91,7 +99,7 @@ def test_an_engine_on_a_processor_shares_the_smallest_blocks_its_attention_takes
     assert config.placement_group_config["bundles"] == [{"CPU": 1, "GPU": 0}]
     environment = config.runtime_env["env_vars"]
     assert (environment["OMP_NUM_THREADS"], environment["VLLM_CPU_KVCACHE_SPACE"]) == ("3", "2")
-    classifier = _engine_config("folder", card("classifier"), LabelPlacement()).engine_kwargs
+    classifier = engine_config(card("classifier"), LabelPlacement()).engine_kwargs
     assert not {"block_size", "logprobs_mode"} & classifier.keys()
 
 
@@ -100,7 +108,7 @@ def test_engines_on_graphics_cards_take_a_bundle_for_each_card_they_share():
         num_engines=3, use_gpu=True, tensor_parallel=4, max_concurrent_batches=6, max_num_batched_tokens=8192
     )
 
-    config = _engine_config("folder", card(), placement)
+    config = engine_config(card(), placement)
 
     assert config.placement_group_config["bundles"] == [{"CPU": 1, "GPU": 1}] * 4
     assert (config.concurrency, config.max_concurrent_batches) == (3, 6)
@@ -114,7 +122,7 @@ def test_placement_changes_nothing_of_an_engine_that_could_change_a_grade():
     deciding = ("dtype", "max_model_len", "logprobs_mode", "max_logprobs")
     placements = (LabelPlacement(), LabelPlacement(num_engines=2, use_gpu=True, tensor_parallel=2, max_num_seqs=7))
 
-    told = [_engine_config("folder", card(), placement).engine_kwargs for placement in placements]
+    told = [engine_config(card(), placement).engine_kwargs for placement in placements]
 
     assert [told[0][name] for name in deciding] == [told[1][name] for name in deciding]
 
