@@ -231,19 +231,17 @@ Part = tuple[NDArray[np.int64], pa.Table]
 
 
 def _timed(parts: Iterator[Part], found: Graded) -> Iterator[Part]:
-    """Counts what the engine did and how long it took, without the time that is spent on its answers."""
-    began = time.monotonic()
+    """Counts what the engine did, and how long until its first answers and from those to its last."""
+    began = first = time.monotonic()
     for rows, answers in parts:
-        seconds = time.monotonic() - began
-        if found.asked:
-            found.answer_sec += seconds
-        else:
-            found.start_sec, found.first_pairs = seconds, len(rows)
+        now = time.monotonic()
+        if not found.asked:
+            found.start_sec, found.first_pairs, first = now - began, len(rows), now
+        found.answer_sec = now - first
         found.asked += len(rows)
         found.tokens += pc.sum(answers["tokens"]).as_py()
         found.cached_tokens += pc.sum(answers["cached_tokens"]).as_py()
         yield rows, answers
-        began = time.monotonic()
 
 
 def _checked(
