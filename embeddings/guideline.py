@@ -20,6 +20,7 @@ LabellerKind = Literal["classifier", "generative"]
 GradeValue = Literal[0, 1, 2]
 
 PLACEHOLDERS = frozenset({"title", "purpose", "grades", "edge_cases", "query", "product"})
+OPTIONAL_PLACEHOLDERS = frozenset({"facets", "examples"})
 
 NEUTRALISER = 2
 """Version of `neutralise`, part of every prompt's fingerprint; a change of what it gives is a new one."""
@@ -57,6 +58,14 @@ class EdgeCase:
 
 
 @settings
+class Facet:
+    """A side of a product that a query may ask something of."""
+
+    facet: Annotated[str, meaning("its name", min_length=1)]
+    rule: Annotated[str, meaning("what matching means on this side", min_length=1)]
+
+
+@settings
 class Guideline:
     """A version of the rules by which pairs are graded."""
 
@@ -66,13 +75,16 @@ class Guideline:
     grades: Annotated[tuple[GradeRule, ...], meaning("the three grades")]
     edge_cases: Annotated[tuple[EdgeCase, ...], meaning("settled situations")]
     template: Annotated[str, meaning("instruction of the generative labeller, with placeholders")]
+    facets: Annotated[tuple[Facet, ...], meaning("sides of a product that are looked at one by one")] = ()
+    examples: Annotated[tuple[Example, ...], meaning("pairs that people graded, shown in the prompt")] = ()
 
     def __post_init__(self) -> None:
         if sorted(rule.grade for rule in self.grades) != [0, 1, 2]:
             raise ValueError("grades must define 0, 1 and 2, each once")
         found = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
-        if sorted(found) != sorted(PLACEHOLDERS):
-            raise ValueError(f"template must hold each of {', '.join(sorted(PLACEHOLDERS))} once")
+        wanted = PLACEHOLDERS | {name for name in OPTIONAL_PLACEHOLDERS if getattr(self, name)}
+        if sorted(found) != sorted(wanted | (OPTIONAL_PLACEHOLDERS & set(found))):
+            raise ValueError(f"template must hold each of {', '.join(sorted(wanted))} once")
         if not self.template.index("{query}") < self.template.index("{product}"):
             raise ValueError("template must name {query} before {product}, which alone is cut when long")
 
@@ -115,6 +127,8 @@ def render_markdown(guideline: Guideline) -> str:
     lines = [f"# {guideline.title}", "", f"Guideline {guideline.version}.", "", guideline.purpose, ""]
     for rule in _descending(guideline):
         lines += [f"## {rule.grade} {rule.name}", "", rule.definition, "", *(f"- {test}" for test in rule.tests), ""]
+    if guideline.facets:
+        lines += ["## What is looked at", "", *(f"- **{one.facet}**: {one.rule}" for one in guideline.facets), ""]
     lines += ["## Edge cases", "", "| case | rule | query | product | grade |", "|---|---|---|---|---|"]
     for edge in guideline.edge_cases:
         example = edge.example
@@ -154,23 +168,28 @@ def prompt_segments(guideline: Guideline) -> tuple[str, str, str]:
     rules = "\n".join(
         f"{rule.grade} {rule.name}: {rule.definition} {' '.join(rule.tests)}" for rule in _descending(guideline)
     )
-    cases = "\n".join(
-        f"{edge.case}: {edge.rule} <query>{edge.example.query}</query> <product>{edge.example.product}</product> "
-        f"grade {edge.example.grade}"
-        for edge in guideline.edge_cases
-    )
+    cases = "\n".join(f"{edge.case}: {edge.rule} {_shown(edge.example)}" for edge in guideline.edge_cases)
     fixed = guideline.template.format_map(
         {
             "title": guideline.title,
             "purpose": guideline.purpose,
             "grades": rules,
+            "facets": "\n".join(f"{one.facet}: {one.rule}" for one in guideline.facets),
             "edge_cases": cases,
+            "examples": "\n".join(map(_shown, guideline.examples)),
             "query": "\0",
             "product": "\0",
         }
     )
-    before, between, after = fixed.split("\0")
+    # without the empty lines that facets and examples leave where there are none
+    before, between, after = "\n".join(line for line in fixed.split("\n") if line).split("\0")
     return before, between, after
+
+
+def _shown(example: Example) -> str:
+    """A graded pair in the prompt's own form; its texts may be a shop's."""
+    query, product = neutralise(example.query), neutralise(example.product)
+    return f"<query>{query}</query> <product>{product}</product> grade: {example.grade}"
 
 
 def build_prompt(guideline: Guideline, query: str, product: ProductFields, recipe: TextRecipe) -> str:

@@ -98,6 +98,9 @@ class LabellerRecipe:
             "a judged pair's grade: by cuts that give grades at people's rates, or the most probable, oftener right"
         ),
     ] = "rates"
+    few_shot_per_grade: Annotated[
+        int, meaning("train pairs of each grade shown in a generative labeller's prompt", "pairs", ge=0)
+    ] = 0
     folds: Annotated[
         int, meaning("labellers tuned besides, each without one part of the train queries, which it grades", ge=0)
     ] = 0
@@ -109,6 +112,10 @@ class LabellerRecipe:
     ] = "auto"
     deterministic: Annotated[bool, meaning("bit-equal reruns on equal machines, threads and workers")] = False
     seed: Annotated[int, meaning("of order, random pairs, head and dropout", ge=0)] = 0
+
+    def __post_init__(self) -> None:
+        if self.few_shot_per_grade and self.kind != "generative":
+            raise ValueError("few_shot_per_grade: only a prompt shows examples; give kind=generative, or 0")
 
 
 @settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import shutil
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 from conf.load import settings
 from embeddings.anchors import choose_anchors
 from embeddings.calibration import calibrate, fit_calibrations, grades_of
-from embeddings.guideline import ProductFields, labeller_product_text
+from embeddings.few_shot import choose_examples, with_examples
+from embeddings.guideline import ProductFields, labeller_product_text, load_guideline
 from embeddings.labeller import LabellerCard, LabellerRecipe, save_labeller
 from embeddings.labeller_metrics import labeller_metrics
 from embeddings.metrics import labeller_agreement
@@ -26,6 +28,7 @@ from jobs import job, labelling
 from lake import tables
 from lake.runs import Run, RunRecord
 from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, HUMAN_ANNOTATION, LABELLER_OOF
+from lake.storage import replace_text
 from ray_apps.placements import TunePlacement
 
 log = logging.getLogger(__name__)
@@ -64,6 +67,8 @@ def run(config: Config) -> RunRecord:
     consensus = labelling.read(current, ANNOTATION_CONSENSUS, [*labelling.PAIR, *labelling.GRADED])
     human = without_leaks(current, labelling.with_texts(current, consensus))
     weak = random_irrelevant(current, human, recipe)
+    if recipe.few_shot_per_grade:
+        recipe = with_few_shot(human, recipe, current.lake.path("runs", f"{current.fingerprint}-guideline.yaml"))
     pairs = pa.concat_tables([human, weak.select(human.column_names)])
     counts = {"human_pairs": len(human), "random_pairs": len(weak)}
     counts |= {f"{split}_pairs": pc.sum(pc.equal(human["split"], split)).as_py() or 0 for split in ("train", "test")}
@@ -113,7 +118,16 @@ def run(config: Config) -> RunRecord:
     record = current.finish(rows=counts["train_pairs"], outputs=outputs, counts=counts, metrics=metrics)
     for name in (current.fingerprint, *names):
         shutil.rmtree(Path(storage, name), ignore_errors=True)
+        Path(storage, f"{name}-guideline.yaml").unlink(missing_ok=True)
     return record
+
+
+def with_few_shot(human: pa.Table, recipe: LabellerRecipe, path: str) -> LabellerRecipe:
+    """The recipe under its guideline with examples of the train split, which is written to a file of its own."""
+    guideline = load_guideline(recipe.guideline)
+    examples = choose_examples(human, recipe.few_shot_per_grade, recipe.text)
+    replace_text(path, with_examples(guideline, examples))
+    return dataclasses.replace(recipe, guideline=path)
 
 
 def folds_of(pairs: pa.Table, num_folds: int) -> NDArray[np.int32]:

@@ -334,7 +334,8 @@ def test_judges_are_measured_side_by_side_on_test_queries(shop, labeller, tmp_pa
 
 def test_a_data_set_s_own_calibration_is_that_of_its_judged_pairs_and_of_files_that_name_it(shop, labeller, tmp_path):
     recipe = LabellerRecipe(model=str(tmp_path / "model"), max_tokens=32)
-    own, folder = {"": Calibration(), "s": Calibration(bias=(9.0, 0.0, 0.0))}, str(tmp_path / "own")
+    judged, folder = Calibration(bias=(9.0, 0.0, 0.0), cuts=(0.0, 0.0)), str(tmp_path / "own")
+    own = {"": Calibration(), "s": judged}
     save_labeller(tmp_path / "weights", folder, recipe, grade_token_ids=(), calibrations=own, metrics={})
     csv.write_csv(pa.table({"query": ["red shoe"], "title": ["red shoe x"]}), tmp_path / "pairs.csv")
 
@@ -344,10 +345,14 @@ def test_a_data_set_s_own_calibration_is_that_of_its_judged_pairs_and_of_files_t
         inputs = label_file.Inputs(file=str(tmp_path / "pairs.csv"), labeller=folder, dataset=dataset)
         out = str(tmp_path / "out.jsonl")
         label_file.run(label_file.Config(lake=shop.root, out=out, inputs=inputs))
-        files[dataset] = read_back(tmp_path / "out.jsonl")[0]["p0"]
+        files[dataset] = read_back(tmp_path / "out.jsonl")[0]
 
-    assert max(row["p0"] for row in ledger(shop).to_pylist()) < 0.9 < files["s"]
-    assert files[""] < 0.9
+    rows = ledger(shop).to_pylist()
+    assert max(row["p0"] for row in rows) < 0.9 < files["s"]["p0"]
+    assert files[""]["p0"] < 0.9
+    # cuts at 0 make every judged pair a 2, however irrelevant; other pairs get the most probable grade
+    assert files["s"]["grade"] == 2
+    assert [row["grade"] for row in rows] == [np.argmax([row["p0"], row["p1"], row["p2"]]) for row in rows]
 
 
 def test_json_values_are_kept_as_they_came(tmp_path):
