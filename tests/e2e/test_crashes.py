@@ -32,8 +32,8 @@ from tests.fakes import hash_of, put
 from tests.tiny_models import tiny_bert_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-NUM_QUERIES, NUM_PRODUCTS = 120, 100
-PORTIONS = ["placement.part_rows=100", "placement.batch_rows=40", "placement.engine=vllm"]
+NUM_QUERIES, NUM_PRODUCTS = 60, 50
+PORTIONS = ["placement.part_rows=100", "placement.batch_rows=20", "placement.engine=vllm"]
 PAIRS = NUM_QUERIES * NUM_PRODUCTS
 ENGINE = ("CountingStage", "EngineCore")
 
@@ -66,7 +66,8 @@ def fill(lake):
 def models(tmp_path_factory):
     """Folders of a tiny labeller and a tiny encoder."""
     place = tmp_path_factory.mktemp("models")
-    model = str(tiny_bert_folder(place / "bert"))
+    # wide, so that the engine is at work for some time
+    model = str(tiny_bert_folder(place / "bert", width=1024))
     recipe = LabellerRecipe(model=model, max_tokens=64)
     encoder = PairEncoder(recipe.model, recipe, load_guideline("v1"))
     save_weights(build_labeller(recipe, encoder, device="cpu"), encoder, place / "weights")
@@ -135,7 +136,7 @@ def wait_for(what, process, limit_sec=300):
 
 def is_under_way(lake):
     """Whether some parts are in the ledger; it goes up to `PAIRS`."""
-    return num_rows(lake) >= 300
+    return num_rows(lake) >= 100
 
 
 def children(process, *names):
@@ -159,7 +160,8 @@ def ended(process, code=0):
     """The run record of a process that has ended."""
     out, errors = process.communicate(timeout=600)
     assert process.returncode == code, errors[-3000:]
-    return json.loads(out.splitlines()[-1]) if code == 0 else errors
+    # Ray tells of the deaths on standard output as well
+    return json.loads([line for line in out.splitlines() if line.startswith("{")][-1]) if code == 0 else errors
 
 
 def test_the_driver_is_killed(lake, models, unbroken):
@@ -181,9 +183,7 @@ def test_a_ray_worker_and_the_engine_are_killed(lake, models, unbroken):
     process = grading(lake, models, "placement.max_engine_restarts=2")
     kill(wait_for(lambda: children(process, "ray::MapBatches(_encode)"), process))
     wait_for(lambda: is_under_way(lake), process)
-    engine = children(process, *ENGINE)
-    assert len(engine) == 2
-    kill(engine)
+    kill(children(process, *ENGINE))
     assert num_rows(lake) < PAIRS
     ended(process)
     assert_same(ledger(lake), unbroken)
@@ -206,7 +206,7 @@ def test_the_disk_is_full(tmp_path, models, unbroken):
     """About 1 minute."""
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(small)], check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)], check=False)
     if mounted.returncode:
         pytest.skip("a small file system cannot be mounted here")
     try:
