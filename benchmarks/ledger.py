@@ -27,8 +27,8 @@ import pyarrow as pa
 from deltalake import write_deltalake
 
 import ray_apps.label
-from embeddings.guideline import load_guideline
-from embeddings.labeller import LabellerCard, LabellerRecipe, PairEncoder, save_labeller
+from benchmarks.label_throughput import untuned
+from embeddings.labeller import LabellerCard, LabellerRecipe
 from jobs import label_pairs
 from lake import ledger, tables
 from lake.ledger import Ledger
@@ -64,18 +64,6 @@ def fill_shop(lake: Lake, num_pairs: int) -> None:
     pairs = {"dataset": pa.array(["shop"] * len(query_N)), "source": pa.array(["sampled"] * len(query_N))}
     pairs |= {"query_id": pa.array(ids["q"]).take(pa.array(query_N))}
     write(lake, CANDIDATE_PAIR, pairs | {"product_id": pa.array(ids["p"]).take(pa.array(product_N))})
-
-
-def labeller(folder: Path) -> str:
-    """The demo's backbone, not tuned: the stub never asks it."""
-    from embeddings.backbone import resolve_model
-    from embeddings.labeller_model import build_labeller, save_weights
-
-    recipe = LabellerRecipe()
-    encoder = PairEncoder(resolve_model(recipe.model), recipe, load_guideline(recipe.guideline))
-    save_weights(build_labeller(recipe, encoder, device="cpu"), encoder, folder / "weights")
-    save_labeller(folder / "weights", str(folder / "labeller"), recipe, grade_token_ids=(), calibrations={}, metrics={})
-    return str(folder / "labeller")
 
 
 def stub(_folder: str, _card: LabellerCard, _placement: LabelPlacement) -> Callable[[Any], Any]:
@@ -114,7 +102,8 @@ def run_pipeline(num_pairs: int, scratch: Path) -> dict[str, Any]:
     """Pairs per second without the model, and the driver's memory at tenths of the run's answers."""
     lake = Lake(str(scratch / "pipeline"))
     fill_shop(lake, num_pairs)
-    folder, marks = labeller(scratch), []
+    # the demo's backbone, not tuned: the stub never asks it
+    folder, marks = untuned(scratch, LabellerRecipe()), []
     plain_write = Ledger.append
 
     def append(self: Ledger, rows: pa.Table, *, run_id: str) -> int:

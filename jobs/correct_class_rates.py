@@ -61,11 +61,6 @@ class RatesRecipe:
 
 
 @settings
-class Placement:
-    """Runs in this process."""
-
-
-@settings
 class Config:
     """Settings of correct_class_rates."""
 
@@ -73,7 +68,7 @@ class Config:
     setting: job.SettingName = "dev"
     inputs: Inputs = Inputs()
     recipe: RatesRecipe = RatesRecipe()
-    placement: Placement = Placement()
+    placement: job.InProcess = job.InProcess()
 
 
 def run(config: Config) -> RunRecord:
@@ -165,9 +160,9 @@ def _fit(current: Run, graded: pa.Table, labeller: str, recipe: RatesRecipe) -> 
         )
     version = 0
     for row in rows:
-        where = " AND ".join(f"{name} = '{row[name]!s}'" for name in ("labeller", "dataset", "source"))
+        key = {name: row[name] for name in CLASS_RATE.key}
         data = pa.Table.from_pylist([row], schema=CLASS_RATE.schema)
-        version = tables.replace(current.lake, CLASS_RATE, data, run_id=current.run_id, where=where)
+        version = tables.replace(current.lake, CLASS_RATE, data, run_id=current.run_id, where=tables.equal_to(key))
     return current.finish(rows=len(rows), outputs={CLASS_RATE.name: version}, counts=counts, metrics=metrics)
 
 

@@ -164,9 +164,8 @@ def _write_manifest(current: Run, model: str, catalog: Catalog, recipe: EmbedRec
             }
         )
     key = {"model": model, "dataset": catalog.dataset, "catalog": catalog.print}
-    where = " AND ".join(f"{name} = '{value.replace(chr(39), chr(39) * 2)}'" for name, value in key.items())
     data = pa.Table.from_pylist(rows, schema=EMBEDDING_MANIFEST.schema)
-    tables.replace(current.lake, EMBEDDING_MANIFEST, data, run_id=current.run_id, where=where)
+    tables.replace(current.lake, EMBEDDING_MANIFEST, data, run_id=current.run_id, where=tables.equal_to(key))
 
 
 def encoder_folder(lake: Lake, value: str, key: str) -> str:

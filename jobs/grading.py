@@ -176,8 +176,7 @@ def grade_pairs(
     found = Graded(reused=len(keys) - len(missing))
     log.info("%s: %d texts to grade, %d pairs are in the ledger", current.job, len(waiting), found.reused)
     if len(waiting):
-        before = ledger.newest_of_pairs(current.lake, waiting["query_hash"], waiting["product_hash"])
-        waiting = waiting.append_column("supersedes", pa.array(before, pa.string()))
+        waiting = with_superseded(current.lake, waiting)
         for rows, answers in _timed(_checked(waiting, texts, folder, recipe, placement), found):
             _write(current, card, book, waiting.take(pa.array(rows)), answers, recipe, found)
             write_progress(
@@ -224,6 +223,27 @@ def ask_stronger(
     doubtful = keys.take(held["row"].filter(pa.array(is_doubtful, pa.bool_()))).drop_columns(["address"])
     doubtful = addressed(doubtful, load_labeller_card(folders[1]))
     return grade_pairs(current, doubtful, texts, folders[1], recipe, placement)
+
+
+def grade_with_stronger(
+    current: Run,
+    keys: pa.Table,
+    texts: labelling.PairTexts,
+    folders: tuple[str, str],
+    recipe: GradingRecipe,
+    placement: LabelPlacement,
+) -> tuple[Graded, int, dict[str, int]]:
+    """`grade_pairs`, and `ask_stronger` where the second folder is named.
+
+    Returns:
+        What the first labeller did, rows written by both, and the counts of both.
+    """
+    found = grade_pairs(current, keys, texts, folders[0], recipe, placement)
+    if not folders[1]:
+        return found, found.labelled, found.counts()
+    second = ask_stronger(current, keys, texts, folders, recipe, placement)
+    counts = found.counts() | {f"stronger/{name}": value for name, value in second.counts().items()}
+    return found, found.labelled + second.labelled, counts
 
 
 Part = tuple[NDArray[np.int64], pa.Table]
@@ -326,20 +346,59 @@ def _write(
         return
     grade_N = grades_of(card.calibrations, [""] * len(good), probability_N3)
     found.abstained += int((expected_squared_error(probability_N3, grade_N) > recipe.abstain_risk).sum())
-    columns = {name: good[name] for name in (*LEDGER_KEYS, "supersedes")}
+    rows = ledger_rows(
+        current,
+        good,
+        probability_N3,
+        grade_N,
+        judge="labeller",
+        labeller=card.fingerprint,
+        guideline=card.guideline,
+        prompt=card.prompt,
+        decoding=card.decoding,
+    )
+    found.labelled += book.append(rows.sort_by("address"), run_id=current.run_id)
+
+
+def ledger_rows(
+    current: Run,
+    keys: pa.Table,
+    probability_N3: NDArray[np.floating],
+    grade_N: NDArray[np.integer],
+    *,
+    judge: str,
+    labeller: str | pa.ChunkedArray,
+    guideline: str = "",
+    prompt: str = "",
+    decoding: str = "",
+) -> pa.Table:
+    """Rows of the ledger, written now.
+
+    Args:
+        current: the run that writes them.
+        keys: columns of LEDGER_KEYS and supersedes.
+        probability_N3: of the grades.
+        grade_N: the grade.
+        judge: kind of judge.
+        labeller: who judged, of all rows or of each.
+        guideline: of a labeller, its version.
+        prompt: of a labeller.
+        decoding: of a labeller.
+    """
+    columns = {name: keys[name] for name in (*LEDGER_KEYS, "supersedes")}
     columns |= {name: pa.array(probability_N3[:, place]) for place, name in enumerate(PROBABILITIES)}
     columns["grade"] = pa.array(grade_N, pa.int8())
-    constant = {
-        "judge": "labeller",
-        "labeller": card.fingerprint,
-        "guideline": card.guideline,
-        "prompt": card.prompt,
-        "decoding": card.decoding,
-        "run_id": current.run_id,
-    }
-    columns |= {name: pa.array([value] * len(good), pa.string()) for name, value in constant.items()}
-    columns["created_at"] = pa.array([datetime.now(UTC)] * len(good), pa.timestamp("us", tz="UTC"))
-    found.labelled += book.append(pa.table(columns).sort_by("address"), run_id=current.run_id)
+    told = {"judge": judge, "labeller": labeller, "guideline": guideline, "prompt": prompt, "decoding": decoding}
+    for name, value in (told | {"run_id": current.run_id}).items():
+        columns[name] = pa.array([value] * len(keys), pa.string()) if isinstance(value, str) else value
+    columns["created_at"] = pa.array([datetime.now(UTC)] * len(keys), pa.timestamp("us", tz="UTC"))
+    return pa.table(columns)
+
+
+def with_superseded(lake: Lake, keys: pa.Table) -> pa.Table:
+    """The pairs with the address of the newest row of their texts, which theirs will supersede."""
+    before = ledger.newest_of_pairs(lake, keys["query_hash"], keys["product_hash"])
+    return keys.append_column("supersedes", pa.array(before, pa.string()))
 
 
 def _quarantine(current: Run, keys: pa.Table) -> None:

@@ -35,11 +35,6 @@ class ImportRecipe:
 
 
 @settings
-class Placement:
-    """One process; the files of a data set fit its memory."""
-
-
-@settings
 class Config:
     """Settings of import_dataset."""
 
@@ -47,7 +42,7 @@ class Config:
     setting: job.SettingName = "dev"
     inputs: Inputs = Inputs()
     recipe: ImportRecipe = ImportRecipe()
-    placement: Placement = Placement()
+    placement: job.InProcess = job.InProcess()
 
 
 def run(config: Config) -> RunRecord:

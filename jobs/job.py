@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from conf.load import ConfigError, describe, fingerprint, list_settings, load_job, meaning
+from conf.load import ConfigError, describe, fingerprint, list_settings, load_job, meaning, settings
 from lake import runs
 from lake.runs import Inputs, Run, RunRecord
 from lake.schemas import TABLES
@@ -39,6 +39,11 @@ OUTSIDE = ("root", "mapping", "file")
 """Inputs that name what lies outside the lake; a folder of that name inside it is none of them."""
 RECIPE_PATHS = ("model", "baseline_model", "guideline")
 """Settings of recipes that may name a local folder or file."""
+
+
+@settings
+class InProcess:
+    """Placement of a job that runs in this process: nothing to choose."""
 
 
 class GateError(RuntimeError):

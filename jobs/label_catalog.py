@@ -27,7 +27,7 @@ from jobs import cost, job, labelling, models
 from jobs.catalog_report import catalog_page
 from jobs.cost import CostPlan
 from jobs.embed_catalog import Catalog, EmbedPlacement, EmbedRecipe, embed, read_catalogs
-from jobs.grading import GradingRecipe, addressed, ask_stronger, grade_pairs, waiting_pairs
+from jobs.grading import GradingRecipe, addressed, grade_with_stronger, waiting_pairs
 from lake import tables
 from lake.ledger import graded_by_people
 from lake.runs import Run, RunRecord
@@ -102,8 +102,7 @@ class Night:
         keys: of the candidates that have texts and that no human row of the ledger is about, with their addresses, the
             most valuable first.
         waiting: those of them that the ledger does not hold, each text once.
-        plan: what grading all of them would take.
-        chosen: how many of them the budget allows.
+        plan: what grading as many of them as the budget allows would take.
     """
 
     candidates: pa.Table
@@ -111,7 +110,6 @@ class Night:
     keys: pa.Table
     waiting: pa.Table
     plan: CostPlan
-    chosen: int
 
 
 def run(config: Config) -> RunRecord:
@@ -121,24 +119,17 @@ def run(config: Config) -> RunRecord:
     texts = labelling.PairTexts(current)
     night = prepare(current, texts, config)
     written = tables.replace(current.lake, CATALOG_CANDIDATE, night.candidates, run_id=current.run_id)
-    plan = cost.scaled(night.plan, night.chosen, config.placement.label)
-    log.info("label_catalog: the plan\n%s", cost.render(plan))
-    folder = labelling.labeller_folder(current.lake, config.inputs.labeller)
-    asked = night.waiting.slice(0, night.chosen).select(night.keys.column_names)
-    found = grade_pairs(current, asked, texts, folder, config.recipe.grading, config.placement.label)
-    rows, of_stronger = found.labelled, {}
-    if config.inputs.stronger:
-        folders = folder, labelling.labeller_folder(current.lake, config.inputs.stronger, "inputs.stronger")
-        second = ask_stronger(current, asked, texts, folders, config.recipe.grading, config.placement.label)
-        rows += second.labelled
-        of_stronger = {f"stronger/{name}": value for name, value in second.counts().items()}
-    counts = night.counts | found.counts() | of_stronger | {"reused": len(night.keys) - len(night.waiting)}
-    counts["over_budget"] = len(night.waiting) - night.chosen
-    metrics = found.metrics(config.placement.label) | plan.metrics()
+    log.info("label_catalog: the plan\n%s", cost.render(night.plan))
+    folders, recipe = labelling.labeller_folders(current.lake, config.inputs), config.recipe.grading
+    asked = night.waiting.slice(0, night.plan.pairs).select(night.keys.column_names)
+    found, rows, counts = grade_with_stronger(current, asked, texts, folders, recipe, config.placement.label)
+    counts = night.counts | counts | {"reused": len(night.keys) - len(night.waiting)}
+    counts["over_budget"] = len(night.waiting) - night.plan.pairs
+    metrics = found.metrics(config.placement.label) | night.plan.metrics()
     page = f"reports/catalog-{current.run_id}.html"
     subtitle = f"run {current.run_id}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     html = catalog_page(
-        subtitle, current.lake, current.run_id, load_labeller_card(folder), night.waiting, counts, metrics
+        subtitle, current.lake, current.run_id, load_labeller_card(folders[0]), night.waiting, counts, metrics
     )
     replace_text(current.lake.path(page), html)
     return current.finish(
@@ -157,8 +148,7 @@ def plan(config: Config) -> CostPlan:
     """What `run` would take now. Encodes products that have no vectors yet, and writes nothing else."""
     config = with_models(config)
     current = job.begin(config, "label_catalog")
-    night = prepare(current, labelling.PairTexts(current), config)
-    return cost.scaled(night.plan, night.chosen, config.placement.label)
+    return prepare(current, labelling.PairTexts(current), config).plan
 
 
 def prepare(current: Run, texts: labelling.PairTexts, config: Config) -> Night:
@@ -180,7 +170,7 @@ def prepare(current: Run, texts: labelling.PairTexts, config: Config) -> Night:
         max_hours=budget.max_hours,
         max_cost=budget.max_cost,
     )
-    return Night(candidates, counts, keys, waiting, whole, chosen)
+    return Night(candidates, counts, keys, waiting, cost.scaled(whole, chosen, config.placement.label))
 
 
 def find_candidates(current: Run, config: Config) -> tuple[pa.Table, dict[str, int]]:

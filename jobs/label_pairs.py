@@ -13,7 +13,7 @@ from conf.load import meaning, settings
 from embeddings.labeller import load_labeller_card
 from jobs import job, labelling
 from jobs.cost import CostPlan, plan_cost
-from jobs.grading import GradingRecipe, addressed, ask_stronger, grade_pairs, waiting_pairs
+from jobs.grading import GradingRecipe, addressed, grade_with_stronger, waiting_pairs
 from lake import tables
 from lake.runs import Run, RunRecord
 from lake.schemas import CANDIDATE_PAIR, PAIR_GRADE, SOURCES, CandidateSource
@@ -55,21 +55,14 @@ def run(config: Config) -> RunRecord:
     """Candidate pairs without a ledger row -> ledger, part by part; what is there already is never asked again."""
     config = with_models(config)
     current = job.begin(config, "label_pairs")
-    folder, texts = labelling.labeller_folder(current.lake, config.inputs.labeller), labelling.PairTexts(current)
+    folders, texts = labelling.labeller_folders(current.lake, config.inputs), labelling.PairTexts(current)
     candidates = read_candidates(current, config.recipe)
-    keys = addressed(texts.keys(candidates), load_labeller_card(folder))
-    found = grade_pairs(current, keys, texts, folder, config.recipe, config.placement)
-    rows = found.labelled
-    counts = {"candidates": len(candidates), "without_text": len(candidates) - len(keys)} | found.counts()
-    if config.inputs.stronger:
-        folders = folder, labelling.labeller_folder(current.lake, config.inputs.stronger, "inputs.stronger")
-        second = ask_stronger(current, keys, texts, folders, config.recipe, config.placement)
-        rows += second.labelled
-        counts |= {f"stronger/{name}": value for name, value in second.counts().items()}
+    keys = addressed(texts.keys(candidates), load_labeller_card(folders[0]))
+    found, rows, counts = grade_with_stronger(current, keys, texts, folders, config.recipe, config.placement)
     return current.finish(
         rows=rows,
         outputs={"pair_grade": tables.version(current.lake, PAIR_GRADE) or 0},
-        counts=counts,
+        counts={"candidates": len(candidates), "without_text": len(candidates) - len(keys)} | counts,
         metrics=found.metrics(config.placement),
     )
 

@@ -154,6 +154,16 @@ def with_newest_labeller(config: Any) -> Any:
     return dataclasses.replace(config, inputs=dataclasses.replace(config.inputs, labeller=newest))
 
 
+def labeller_folders(lake: Lake, inputs: Any) -> tuple[str, str]:
+    """The folders that inputs.labeller and inputs.stronger name; the second is empty where that is.
+
+    Raises:
+        ConfigError: one of them names none.
+    """
+    stronger = labeller_folder(lake, inputs.stronger, "inputs.stronger") if inputs.stronger else ""
+    return labeller_folder(lake, inputs.labeller), stronger
+
+
 def labeller_folder(lake: Lake, value: str, key: str = "inputs.labeller") -> str:
     """The folder that a setting names, below the lake or anywhere.
 

@@ -5,22 +5,19 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from conf.load import settings
-from embeddings.calibration import PROBABILITIES
+from embeddings.calibration import PROBABILITIES, probabilities_of
 from jobs import job, labelling
-from lake import ledger, tables
+from jobs.grading import ledger_rows, with_superseded
+from lake import tables
 from lake.ledger import Ledger
 from lake.runs import Run, RunRecord
-from lake.schemas import ANNOTATION_CONSENSUS, AUDIT_VERDICT, PAIR_GRADE
-
-CONSENSUS = "consensus"
-"""Who judged, where several people's marks were brought together."""
+from lake.schemas import ANNOTATION_CONSENSUS, AUDIT_VERDICT, CONSENSUS, PAIR_GRADE
 
 
 @settings
@@ -39,11 +36,6 @@ class HumanRecipe:
 
 
 @settings
-class Placement:
-    """Runs in this process."""
-
-
-@settings
 class Config:
     """Settings of record_human_grades."""
 
@@ -51,7 +43,7 @@ class Config:
     setting: job.SettingName = "dev"
     inputs: Inputs = Inputs()
     recipe: HumanRecipe = HumanRecipe()
-    placement: Placement = Placement()
+    placement: job.InProcess = job.InProcess()
 
 
 def run(config: Config) -> RunRecord:
@@ -74,13 +66,10 @@ def _record(current: Run, keys: pa.Table) -> dict[str, int]:
     fresh = keys.filter(pa.array(~book.holds(keys["address"]), pa.bool_()))
     written = 0
     if len(fresh):
-        before = ledger.newest_of_pairs(current.lake, fresh["query_hash"], fresh["product_hash"])
-        constant = {"judge": "human", "guideline": "", "prompt": "", "decoding": "", "run_id": current.run_id}
-        rows = {name: fresh[name] for name in PAIR_GRADE.column_names if name in fresh.column_names}
-        rows |= {name: pa.array([value] * len(fresh), pa.string()) for name, value in constant.items()}
-        rows["created_at"] = pa.array([datetime.now(UTC)] * len(fresh), pa.timestamp("us", tz="UTC"))
-        rows["supersedes"] = pa.array(before, pa.string())
-        written = book.append(pa.table(rows), run_id=current.run_id)
+        shares_N3, grade_N = probabilities_of(fresh), fresh["grade"].to_numpy()
+        keyed = with_superseded(current.lake, fresh)
+        rows = ledger_rows(current, keyed, shares_N3, grade_N, judge="human", labeller=fresh["labeller"])
+        written = book.append(rows, run_id=current.run_id)
     return {"grades": len(keys), "reused": len(keys) - len(fresh), "written": written}
 
 

@@ -52,11 +52,6 @@ class ReportRecipe:
 
 
 @settings
-class Placement:
-    """One process."""
-
-
-@settings
 class Config:
     """Settings of report."""
 
@@ -64,7 +59,7 @@ class Config:
     setting: job.SettingName = "dev"
     inputs: Inputs = Inputs()
     recipe: ReportRecipe = ReportRecipe()
-    placement: Placement = Placement()
+    placement: job.InProcess = job.InProcess()
 
 
 def run(config: Config) -> RunRecord:

@@ -20,11 +20,6 @@ class Inputs:
 
 
 @settings
-class Placement:
-    """One process, memory flat in the catalogue's size."""
-
-
-@settings
 class Config:
     """Settings of simulate."""
 
@@ -32,7 +27,7 @@ class Config:
     setting: job.SettingName = "dev"
     inputs: Inputs = Inputs()
     recipe: MarketplaceRecipe = MarketplaceRecipe()
-    placement: Placement = Placement()
+    placement: job.InProcess = job.InProcess()
 
 
 def run(config: Config) -> RunRecord:

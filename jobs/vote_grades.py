@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Annotated
 
 import numpy as np
@@ -15,7 +14,7 @@ from conf.load import ConfigError, meaning, settings
 from embeddings.calibration import PROBABILITIES, probabilities_of
 from embeddings.labeller import load_labeller_card
 from jobs import job, labelling
-from jobs.grading import LEDGER_KEYS, addressed, expected_squared_error, first_of_each
+from jobs.grading import addressed, expected_squared_error, first_of_each, ledger_rows, with_superseded
 from lake import ledger, tables
 from lake.ledger import Ledger
 from lake.runs import RunRecord
@@ -43,11 +42,6 @@ class VoteRecipe:
 
 
 @settings
-class Placement:
-    """Runs in this process."""
-
-
-@settings
 class Config:
     """Settings of vote_grades."""
 
@@ -55,7 +49,7 @@ class Config:
     setting: job.SettingName = "dev"
     inputs: Inputs = Inputs()
     recipe: VoteRecipe = VoteRecipe()
-    placement: Placement = Placement()
+    placement: job.InProcess = job.InProcess()
 
 
 def run(config: Config) -> RunRecord:
@@ -83,17 +77,14 @@ def run(config: Config) -> RunRecord:
     hashes = zip(keys["query_hash"].to_pylist(), keys["product_hash"].to_pylist(), strict=True)
     keys = keys.append_column("address", pa.array([address(electorate, *both) for both in hashes], pa.string()))
     grade_N = joint_N3.argmax(axis=1)
-    columns = {name: keys[name] for name in LEDGER_KEYS} | {"grade": pa.array(grade_N, pa.int8())}
-    columns |= {name: pa.array(joint_N3[:, grade]) for grade, name in enumerate(PROBABILITIES)}
-    constant = {"judge": "votes", "labeller": electorate, "guideline": "", "prompt": "", "run_id": current.run_id}
-    constant["decoding"] = f"mean of {len(cards)}"
-    columns |= {name: pa.array([value] * len(keys), pa.string()) for name, value in constant.items()}
-    columns["created_at"] = pa.array([datetime.now(UTC)] * len(keys), pa.timestamp("us", tz="UTC"))
-    before = ledger.newest_of_pairs(current.lake, keys["query_hash"], keys["product_hash"])
-    rows = pa.table(columns | {"supersedes": pa.array(before, pa.string())})
-    book = Ledger(current.lake, rows["address"])
-    fresh = rows.filter(pa.array(~book.holds(rows["address"]), pa.bool_()))
-    written = book.append(fresh, run_id=current.run_id) if len(fresh) else 0
+    book, written = Ledger(current.lake, keys["address"]), 0
+    is_fresh = ~book.holds(keys["address"])
+    if is_fresh.any():
+        fresh, decoding = with_superseded(current.lake, keys.filter(pa.array(is_fresh))), f"mean of {len(cards)}"
+        rows = ledger_rows(
+            current, fresh, joint_N3[is_fresh], grade_N[is_fresh], judge="votes", labeller=electorate, decoding=decoding
+        )
+        written = book.append(rows, run_id=current.run_id)
     risk_N = expected_squared_error(joint_N3, grade_N)
     apart_N = np.ptp(probability_JN3[:, is_judged].argmax(axis=2), axis=0)
     return current.finish(
@@ -103,7 +94,7 @@ def run(config: Config) -> RunRecord:
             "texts": len(is_judged),
             "not_graded_by_all": len(is_judged) - len(keys),
             "labelled": written,
-            "reused": len(rows) - written,
+            "reused": len(keys) - written,
             "abstained": int((risk_N > config.recipe.abstain_risk).sum()),
             "judges_differ": int((apart_N > 0).sum()),
             "judges_differ_by_2": int((apart_N > 1).sum()),

@@ -20,6 +20,9 @@ SPLITS = ("train", "validation", "calibration", "test")
 CandidateSource = Literal["annotated", "sampled", "mined", "engagement"]
 SOURCES: tuple[CandidateSource, ...] = ("annotated", "sampled", "mined", "engagement")
 
+CONSENSUS = "consensus"
+"""Who judged in the ledger's human rows that are no expert's verdict."""
+
 
 class Grade(enum.IntEnum):
     """How well a product answers a query, under the guideline."""

@@ -7,7 +7,7 @@ without a word), and carries an application transaction, so that a replayed part
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -178,6 +178,11 @@ def replace(lake: Lake, spec: TableSpec, data: pa.Table, *, run_id: str, where: 
             if not tries_left:
                 raise
     return int(open_table(lake, spec).version())
+
+
+def equal_to(key: Mapping[str, str]) -> str:
+    """The SQL condition that columns have these values."""
+    return " AND ".join(f"{name} = '{value.replace(chr(39), chr(39) * 2)}'" for name, value in key.items())
 
 
 def conform(spec: TableSpec, data: pa.Table) -> pa.Table:

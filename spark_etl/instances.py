@@ -11,15 +11,13 @@ from collections.abc import Mapping
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as sf
 
-from lake.schemas import TRAINING_INSTANCE
+from lake.schemas import CONSENSUS, TRAINING_INSTANCE
 from spark_etl.consensus import with_verdicts
 from spark_etl.recipes import InstancesRecipe
 
 PAIR = ("dataset", "query_id", "product_id")
 QUERY_KEY = ("dataset", "query_id")
 SHARES = ("p0", "p1", "p2")
-CONSENSUS = "consensus"
-"""Who judged in the ledger's human rows that are no expert's verdict."""
 PRECEDENCE = ("expert", "human", "annotated", "sampled", "engagement", "mined")
 """Which source gives a pair's grade, and its name in `sources`, where there are several."""
 
