@@ -4,7 +4,8 @@
 
 Every row is a labeller of its own, tuned in this process on the same train pairs, whole queries in the order of a hash,
 and calibrated on calibration queries. RMSE is to the raters' mean by the line that fits the calibration queries. Choose
-on validation; `--split test` is for what has been chosen.
+on validation, where half of the calibration queries fit the head that reads word evidence and the other half
+calibrates; `--split test`, where the head is fitted on validation as the job does, is for what has been chosen.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ CHANGES: Final[dict[str, dict[str, Any]]] = {
     "three passes": {"epochs": 3},
     "dropout": {"dropout": None},
     "most probable grade": {"decision": "most_probable"},
+    "without random pairs": {"random_irrelevant_per_query": 0},
+    "without word evidence": {"evidence": False},
 }
 SHOWN: Final = (
     *("accuracy", "quadratic_weighted_kappa", "macro_f1", "recall_0", "precision_0"),
@@ -71,13 +74,23 @@ def main() -> None:
     current = job.begin(tune_labeller.Config(lake=given.lake, recipe=recipe), "tune_labeller")
     consensus = labelling.read(current, ANNOTATION_CONSENSUS, [*labelling.PAIR, *labelling.GRADED])
     human = tune_labeller.without_leaks(current, labelling.with_texts(current, consensus))
-    weak = tune_labeller.random_irrelevant(current, human, recipe)
-    train = pa.concat_tables([human.filter(pc.equal(human["split"], "train")), weak.select(human.column_names)])
-    train = train.filter(pa.array(first_queries(train["query_hash"].to_pylist(), given.pairs)))
-    held = human.filter(pc.is_in(human["split"], value_set=pa.array(["calibration", given.split])))
+    if given.split == "validation":
+        human = as_test(human)
     print("data set", "change", "train pairs", *SHOWN, "pairs/s", sep=" | ")
     for name in given.only.split(","):
-        measure(name, train, held, dataclasses.replace(recipe, **CHANGES[name]))
+        changed = dataclasses.replace(recipe, **CHANGES[name])
+        measure(name, tune_labeller.with_random(current, human, changed), changed, given.pairs)
+
+
+def as_test(human: pa.Table) -> pa.Table:
+    """The pairs with validation in the place of test, and half of the calibration queries in that of validation."""
+    place, halved = human.schema.get_field_index("split"), {"validation": "test", "test": "left out"}
+    splits = [
+        "validation" if split == "calibration" and int(digest[:8], 16) % 2 else halved.get(split, split)
+        for split, digest in zip(human["split"].to_pylist(), human["query_hash"].to_pylist(), strict=True)
+    ]
+    human = human.set_column(place, "split", pa.array(splits, pa.string()))
+    return human.filter(pc.not_equal(human["split"], "left out"))
 
 
 def first_queries(query_hashes: list[str], num_pairs: int) -> list[bool]:
@@ -89,8 +102,11 @@ def first_queries(query_hashes: list[str], num_pairs: int) -> list[bool]:
     return [bool(is_kept[place[query]]) for query in query_hashes]
 
 
-def measure(name: str, train: pa.Table, held: pa.Table, recipe: LabellerRecipe) -> None:
+def measure(name: str, pairs: pa.Table, recipe: LabellerRecipe, num_pairs: int) -> None:
     """Tunes one labeller and prints its rows."""
+    is_train = pc.equal(pairs["split"], "train")
+    train, held = pairs.filter(is_train), pairs.filter(pc.invert(is_train))
+    train = train.filter(pa.array(first_queries(train["query_hash"].to_pylist(), num_pairs)))
     encoder = PairEncoder(resolve_model(recipe.model), recipe, load_guideline(recipe.guideline))
     model = build_labeller(recipe, encoder, device="cpu")
     trainer = LabellerTrainer(model, encoder.encode_rows(train), target_shares(train, recipe), recipe)
@@ -98,7 +114,11 @@ def measure(name: str, train: pa.Table, held: pa.Table, recipe: LabellerRecipe) 
     while trainer.step < trainer.num_steps:
         trainer.train_step()
     speed = len(train) * recipe.epochs / (time.monotonic() - started)
-    answer_N3 = plain_probabilities(model, encoder.encode_rows(held), bf16=trainer.bf16)
+    answer_N3 = plain_probabilities(model, encoder.encode_rows(held), bf16=trainer.bf16).astype(np.float64)
+    if recipe.evidence and (head := tune_labeller.evidence_head(held, answer_N3, recipe)):
+        answer_N3 = head(answer_N3, head.numbers_of(held))
+    is_judged_N = np.isin(held["split"].to_numpy(), ("calibration", "test"))
+    answer_N3, held = answer_N3[is_judged_N], held.filter(pa.array(is_judged_N))
     for dataset, whole in judged(answer_N3, held, recipe.decision).items():
         found = [f"{whole.metrics[key].mean:.4f}" if key in whole.metrics else "-" for key in SHOWN]
         print(dataset, name, len(train), *found, f"{speed:.0f}", sep=" | ", flush=True)

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from conf.load import ConfigError, meaning, settings, validate
 from embeddings.anchors import ANCHOR_FILE, write_anchors
 from embeddings.calibration import Calibration, Decision
+from embeddings.evidence import EVIDENCE_FILE, EvidenceHead
 from embeddings.guideline import (
     Guideline,
     LabellerKind,
@@ -98,6 +99,9 @@ class LabellerRecipe:
             "a judged pair's grade: by cuts that give grades at people's rates, or the most probable, oftener right"
         ),
     ] = "rates"
+    evidence: Annotated[
+        bool, meaning("a head reads words' rarity and likeness beside the answer, where validation pairs are 1,000")
+    ] = True
     few_shot_per_grade: Annotated[
         int, meaning("train pairs of each grade shown in a generative labeller's prompt", "pairs", ge=0)
     ] = 0
@@ -132,7 +136,7 @@ class LabellerCard:
         dict[str, Calibration], meaning("of a data set's judged pairs, by data set; '' is that of any other pairs")
     ]
     metrics: Annotated[dict[str, float], meaning("agreement with people, and calibration")]
-    fingerprint: Annotated[str, meaning("hash of weights, tokenizer and all above but the metrics")]
+    fingerprint: Annotated[str, meaning("hash of weights, tokenizer, evidence and all above but the metrics")]
 
     @property
     def decoding(self) -> str:
@@ -249,9 +253,10 @@ def save_labeller(
     grade_token_ids: tuple[int, ...],
     calibrations: Mapping[str, Calibration],
     metrics: Mapping[str, float],
+    evidence: EvidenceHead | None = None,
     anchors: pa.Table | None = None,
 ) -> LabellerCard:
-    """Makes a labeller's folder of a Hugging Face folder, card, guideline and anchors, all or nothing."""
+    """Makes a labeller's folder of a Hugging Face folder, card, guideline, evidence and anchors, all or nothing."""
     guideline = load_guideline(recipe.guideline)
     essentials: dict[str, Any] = {
         "kind": recipe.kind,
@@ -267,12 +272,16 @@ def save_labeller(
     for path in files:
         with path.open("rb") as stream:
             digest.update(path.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    if evidence is not None:
+        digest.update(evidence.text().encode())
     values = {**essentials, "metrics": dict(metrics), "fingerprint": digest.hexdigest()[:16]}
     with atomic_folder(target) as scratch:
         for path in files:
             shutil.copy(path, scratch / path.name)
         (scratch / GUIDELINE_FILE).write_text(guideline_source(recipe.guideline), encoding="utf-8")
         (scratch / CARD_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if evidence is not None:
+            (scratch / EVIDENCE_FILE).write_text(evidence.text(), encoding="utf-8")
         if anchors is not None:
             write_anchors(scratch, anchors)
     return load_labeller_card(target)
@@ -326,6 +335,8 @@ def _readme(card: LabellerCard) -> str:
             "",
             f"Grades (query, product) pairs 0, 1 or 2 under guideline {card.guideline} (guideline.md).",
             f"Kind {card.kind}: {how}; pairs are cut to {card.max_tokens} tokens, segment ids are 0.",
+            f"Where there is an {EVIDENCE_FILE}, its head (embeddings/evidence.py of Assay) first reads words beside",
+            "the answer; without it the answers are as good as the model, and calibrated a little worse.",
             f"Calibrate by `calibrations` of {CARD_FILE}, one for the judged pairs of each data set, '' for any other",
             "pairs: divide log probabilities by `temperature`, add `bias`, normalise; then map P(grade >= 1) through",
             "the knots of `relevant` and P(grade 2 given grade >= 1) through those of `exact`, straight lines between.",

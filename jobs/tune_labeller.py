@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from conf.load import settings
 from embeddings.anchors import choose_anchors
-from embeddings.calibration import calibrate, fit_calibrations, grades_of
+from embeddings.calibration import calibrate, fit_calibrations, grades_of, query_weights
+from embeddings.evidence import EvidenceHead, fit_evidence_head
 from embeddings.few_shot import choose_examples, with_examples
 from embeddings.guideline import ProductFields, labeller_product_text, load_guideline
 from embeddings.labeller import LabellerCard, LabellerRecipe, save_labeller
@@ -33,6 +34,8 @@ from ray_apps.placements import TunePlacement
 
 log = logging.getLogger(__name__)
 
+FOR_EVIDENCE = "evidence"
+"""Where a split's name would stand: pairs of validation queries that the evidence's head is fitted on besides."""
 MAX_BASELINE_PAIRS = 1000
 """Train pairs that the two thresholds of the cosine are fitted on; more hardly move them, and take a minute."""
 
@@ -66,15 +69,16 @@ def run(config: Config) -> RunRecord:
     recipe, storage = config.recipe, current.lake.path("runs")
     consensus = labelling.read(current, ANNOTATION_CONSENSUS, [*labelling.PAIR, *labelling.GRADED])
     human = without_leaks(current, labelling.with_texts(current, consensus))
-    weak = random_irrelevant(current, human, recipe)
     if recipe.few_shot_per_grade:
         recipe = with_few_shot(human, recipe, current.lake.path("runs", f"{current.fingerprint}-guideline.yaml"))
-    pairs = pa.concat_tables([human, weak.select(human.column_names)])
-    counts = {"human_pairs": len(human), "random_pairs": len(weak)}
+    pairs = with_random(current, human, recipe)
+    counts = {"human_pairs": len(human), "random_pairs": len(pairs) - len(human)}
     counts |= {f"{split}_pairs": pc.sum(pc.equal(human["split"], split)).as_py() or 0 for split in ("train", "test")}
     log.info("tune_labeller: %s", counts)
     tuned = tune_labeller(pairs, recipe, config.placement, storage=storage, name=current.fingerprint)
-    probability_N3, grade_N = tuned.probability_N3[: len(human)], human["grade"].to_numpy()
+    answer_N3, grade_N = tuned.probability_N3.astype(np.float64), human["grade"].to_numpy()
+    head = evidence_head(pairs, answer_N3, recipe) if recipe.evidence else None
+    probability_N3 = with_evidence(head, pairs, answer_N3)[: len(human)]
     datasets, split_N = human["dataset"].to_pylist(), human["split"].to_numpy()
     fitted = np.flatnonzero(split_N == "calibration")
     keys = human.take(fitted)
@@ -100,6 +104,7 @@ def run(config: Config) -> RunRecord:
         grade_token_ids=tuned.grade_token_ids,
         calibrations=calibrations,
         metrics=metrics,
+        evidence=head,
         anchors=choose_anchors(human.take(fitted), calibrations[""](probability_N3[fitted])) if len(fitted) else None,
     )
     # the speed is no property of the labeller: equal labellers have equal folders
@@ -110,10 +115,10 @@ def run(config: Config) -> RunRecord:
         fold_N = folds_of(pairs, recipe.folds)
         for fold, name in enumerate(names):
             parted, rows = hold_out(pairs, fold_N == fold)
-            answer_N3 = tune_labeller(parted, recipe, config.placement, storage=storage, name=name).probability_N3
+            held_N3 = tune_labeller(parted, recipe, config.placement, storage=storage, name=name).probability_N3
             own = np.flatnonzero((fold_N == fold)[rows] & (rows < len(human)))
-            probability_N3[rows[own]] = answer_N3[own]
-        calibrated_N3 = calibrate(calibrations, datasets, probability_N3)
+            answer_N3[rows[own]] = held_N3[own]
+        calibrated_N3 = calibrate(calibrations, datasets, with_evidence(head, human, answer_N3[: len(human)]))
         outputs[LABELLER_OOF.name] = write_folds(current, human, fold_N[: len(human)], calibrated_N3, card)
     record = current.finish(rows=counts["train_pairs"], outputs=outputs, counts=counts, metrics=metrics)
     for name in (current.fingerprint, *names):
@@ -128,6 +133,30 @@ def with_few_shot(human: pa.Table, recipe: LabellerRecipe, path: str) -> Labelle
     examples = choose_examples(human, recipe.few_shot_per_grade, recipe.text)
     replace_text(path, with_examples(guideline, examples))
     return dataclasses.replace(recipe, guideline=path)
+
+
+def with_random(current: Run, human: pa.Table, recipe: LabellerRecipe) -> pa.Table:
+    """People's pairs, then random ones: of train queries, and of validation queries for the evidence's head."""
+    weak = [random_irrelevant(current, human, recipe, "train", "train")]
+    if recipe.evidence:
+        weak.append(random_irrelevant(current, human, recipe, "validation", FOR_EVIDENCE))
+    return pa.concat_tables([human, *(part.select(human.column_names) for part in weak)])
+
+
+def evidence_head(pairs: pa.Table, answer_N3: NDArray[np.floating], recipe: LabellerRecipe) -> EvidenceHead | None:
+    """The head fitted on people's and random pairs of validation queries; None where those are few."""
+    from ray_apps.tune import target_shares
+
+    rows = np.flatnonzero(np.isin(pairs["split"].to_numpy(), ("validation", FOR_EVIDENCE)))
+    fitted = pairs.take(rows)
+    titles = dict(zip(pairs["product_hash"].to_pylist(), pairs["title"].to_pylist(), strict=True))
+    weight_N = query_weights(fitted["query_id"].to_pylist())
+    return fit_evidence_head(list(titles.values()), fitted, answer_N3[rows], target_shares(fitted, recipe), weight_N)
+
+
+def with_evidence(head: EvidenceHead | None, pairs: pa.Table, answer_N3: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Answers as the head reads them beside the pairs' words; as they are without one."""
+    return np.asarray(answer_N3, dtype=np.float64) if head is None else head(answer_N3, head.numbers_of(pairs))
 
 
 def folds_of(pairs: pa.Table, num_folds: int) -> NDArray[np.int32]:
@@ -201,8 +230,10 @@ def without_leaks(current: Run, pairs: pa.Table) -> pa.Table:
     return pairs.filter(pa.array(kept, pa.bool_()))
 
 
-def random_irrelevant(current: Run, human: pa.Table, recipe: LabellerRecipe) -> pa.Table:
-    """Pairs of train queries with random products of their data set that no person has marked, as grade 0.
+def random_irrelevant(current: Run, human: pa.Table, recipe: LabellerRecipe, split: str, called: str) -> pa.Table:
+    """Pairs of a split's queries with random products of their data set that no person has marked, as grade 0.
+
+    Their split is then `called` so.
 
     A product drawn at random is irrelevant but for a small share; what a query draws depends on its key alone. A
     product with the texts of one that people grade above 0 under the query is left out as well.
@@ -212,9 +243,9 @@ def random_irrelevant(current: Run, human: pa.Table, recipe: LabellerRecipe) -> 
     catalogue = catalogue.sort_by([("dataset", "ascending"), ("product_id", "ascending")])
     for dataset, product_id in zip(*(catalogue[name].to_pylist() for name in catalogue.column_names), strict=True):
         products.setdefault(dataset, []).append(product_id)
-    train = human.filter(pc.equal(human["split"], "train"))
+    people = human.filter(pc.equal(human["split"], split))
     judged: dict[tuple[str, str], set[str]] = {
-        key: set() for key in zip(train["dataset"].to_pylist(), train["query_id"].to_pylist(), strict=True)
+        key: set() for key in zip(people["dataset"].to_pylist(), people["query_id"].to_pylist(), strict=True)
     }
     marked = labelling.read(current, HUMAN_ANNOTATION, labelling.PAIR)
     for dataset, query_id, product_id in zip(*(marked[name].to_pylist() for name in labelling.PAIR), strict=True):
@@ -236,8 +267,10 @@ def random_irrelevant(current: Run, human: pa.Table, recipe: LabellerRecipe) -> 
         kind = ANNOTATION_CONSENSUS.schema.field(name).type
         drawn_pairs = drawn_pairs.append_column(name, pa.array(np.zeros(len(rows)), kind))
     weak, same = labelling.with_texts(current, drawn_pairs), ["query_hash", "product_hash"]
-    positive = train.filter(pc.greater(train["grade"], 0)).select(same)
-    return weak.join(positive, same, join_type="left anti").sort_by([(name, "ascending") for name in labelling.PAIR])
+    positive = people.filter(pc.greater(people["grade"], 0)).select(same)
+    weak = weak.join(positive, same, join_type="left anti").sort_by([(name, "ascending") for name in labelling.PAIR])
+    place = weak.schema.get_field_index("split")
+    return weak.set_column(place, "split", pa.array([called] * len(weak), pa.string()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from conf.load import ConfigError
 from embeddings.calibration import calibrate
+from embeddings.evidence import EvidenceHead
 from embeddings.labeller import LabellerCard, PairEncoder, load_labeller_card, load_pair_encoder, violations
 from ray_apps.cluster import check_resources, connect, quiet_data
 from ray_apps.placements import LabelPlacement
@@ -74,8 +75,11 @@ def label_pairs(
     if total is None:
         raise ValueError("label_pairs: blocks need num_pairs, by which the engine is chosen")
     answers = _vllm_answers if placement.engine_for(total) == "vllm" else _torch_answers
+    head = EvidenceHead.load(folder)
     for keys, probability_N3 in answers(map(_ordered, blocks), folder, card, placement):
         probability_N3[violations(probability_N3)] = np.nan
+        if head is not None:
+            probability_N3 = head(probability_N3, np.array(keys["evidence"].to_pylist(), dtype=np.float64))
         calibrated_N3 = calibrate(card.calibrations, keys["dataset"].to_pylist(), probability_N3)
         done += len(keys)
         log.info("labelled %d of %d pairs, %.0f s", done, total, time.monotonic() - started)
@@ -93,7 +97,7 @@ def _ordered(block: pa.Table) -> pa.Table:
 
 Answers = Iterator[tuple[pa.Table, NDArray[np.float64]]]
 """Parts of the pairs, keys and costs, with what the labeller answers before calibration, [N, 3]."""
-KEYS = ["address", "dataset"]
+KEYS = ["address", "dataset", "evidence"]
 COSTS = ["tokens", "cached_tokens", "answered"]
 
 
@@ -101,9 +105,10 @@ def _torch_answers(blocks: Iterable[pa.Table], folder: str, card: LabellerCard, 
     from embeddings.labeller_model import load_labeller, plain_probabilities
 
     model, encoder = load_labeller(folder)
+    head = EvidenceHead.load(folder)
     for block in blocks:
         for start in range(0, len(block), placement.part_rows):
-            part = block.slice(start, placement.part_rows)
+            part = _with_evidence(block.slice(start, placement.part_rows), head)
             tokens = encoder.encode_rows(part)
             probability_N3 = plain_probabilities(model, tokens).astype(np.float64)
             cost = {
@@ -242,13 +247,20 @@ def engine_arguments(card: LabellerCard, placement: LabelPlacement) -> dict[str,
 
 
 @lru_cache(maxsize=1)
-def _encoder(folder: str, _fingerprint: str) -> PairEncoder:
+def _readers(folder: str, _fingerprint: str) -> tuple[PairEncoder, EvidenceHead | None]:
     """Cached by what is in the folder: a worker may outlive the labeller that it first met there."""
-    return load_pair_encoder(folder)
+    return load_pair_encoder(folder), EvidenceHead.load(folder)
+
+
+def _with_evidence(pairs: pa.Table, head: EvidenceHead | None) -> pa.Table:
+    """The pairs with what their words say; with nothing where no head reads it."""
+    numbers = head.numbers_of(pairs).tolist() if head is not None else [[]] * len(pairs)
+    return pairs.append_column("evidence", pa.array(numbers, pa.list_(pa.float64())))
 
 
 def _encode(batch: pa.Table, folder: str, fingerprint: str) -> pa.Table:
-    pairs = _encoder(folder, fingerprint).encode_rows(batch)
+    encoder, head = _readers(folder, fingerprint)
+    pairs, batch = encoder.encode_rows(batch), _with_evidence(batch, head)
     batch = batch.append_column("tokens", pa.array([len(pair) for pair in pairs], pa.int32()))
     return batch.select([*KEYS, "tokens"]).append_column("tokenized_prompt", pa.array(pairs, pa.list_(pa.int32())))
 

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from conf.load import ConfigError
 from embeddings.calibration import Calibration
+from embeddings.evidence import EvidenceHead
 from embeddings.guideline import ProductFields, load_guideline
 from embeddings.labeller import (
     LabellerRecipe,
@@ -185,7 +186,7 @@ def test_adapters_are_merged_into_a_plain_folder(tmp_path):
     np.testing.assert_allclose(plain_probabilities(again, pairs), expected, atol=1e-5)
 
 
-def test_a_saved_labeller_is_itself_again_and_its_fingerprint_follows_weights_and_temperature(tmp_path):
+def test_a_saved_labeller_is_itself_again_and_its_fingerprint_follows_what_it_answers(tmp_path):
     recipe, encoder, pairs = build(tmp_path, "classifier")
     model: GradeModel = build_labeller(recipe, encoder, device="cpu")
     save_weights(model, encoder, tmp_path / "weights")
@@ -197,12 +198,13 @@ def test_a_saved_labeller_is_itself_again_and_its_fingerprint_follows_weights_an
             grade_token_ids=(),
             calibrations={"": Calibration(temperature=t), "shop": Calibration(bias=(0.5, 0.0, 0.0))},
             metrics={"ece": 0.1},
+            evidence=EvidenceHead(9, {"shoe": seen}, [0.0] * 11, [1.0] * 11, [[0.0] * 45] * 2) if seen else None,
         )
-        for name, t in (("a", 1.5), ("b", 1.5), ("c", 2.0))
+        for name, t, seen in (("a", 1.5, 0), ("b", 1.5, 0), ("c", 2.0, 0), ("d", 1.5, 3), ("e", 1.5, 4))
     ]
 
     assert cards[0] == cards[1] == load_labeller_card(tmp_path / "a")
-    assert cards[0].fingerprint != cards[2].fingerprint
+    assert len({card.fingerprint for card in cards}) == 4
     assert cards[0].address("q", "p") != cards[2].address("q", "p")
     assert cards[0].calibrations["shop"].bias == (0.5, 0.0, 0.0)
     loaded, its_encoder = load_labeller(str(tmp_path / "a"))

@@ -1,5 +1,6 @@
 import math
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -7,6 +8,7 @@ import pytest
 
 from conf.load import ConfigError
 from embeddings.calibration import Calibration
+from embeddings.evidence import EVIDENCE_FILE, EvidenceHead
 from embeddings.guideline import load_guideline
 from embeddings.labeller import LabellerCard, LabellerRecipe, PairEncoder, load_pair_encoder, save_labeller
 from embeddings.labeller_model import build_labeller, save_weights
@@ -19,7 +21,7 @@ from tests.tiny_models import tiny_bert_folder, tiny_causal_lm_folder, tiny_guid
 RAY = RayPlacement(address="local", num_cpus=2)
 
 
-def labeller_folder(tmp_path, kind, *, width=64):
+def labeller_folder(tmp_path, kind, *, width=64, evidence=None):
     model = (
         tiny_bert_folder(tmp_path / "model", width=width)
         if kind == "classifier"
@@ -39,6 +41,7 @@ def labeller_folder(tmp_path, kind, *, width=64):
         grade_token_ids=ids,
         calibrations={"": Calibration(temperature=1.4)},
         metrics={},
+        evidence=evidence,
     )
     return target
 
@@ -46,7 +49,8 @@ def labeller_folder(tmp_path, kind, *, width=64):
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("kind", ["classifier", "generative"])
 def test_the_engine_gives_the_probabilities_of_plain_torch(tmp_path, kind):
-    folder = labeller_folder(tmp_path, kind)
+    head = EvidenceHead(9, {"shoe": 3}, [0.0] * 11, [1.0] * 11, np.full((2, 45), 0.01).tolist())
+    folder = labeller_folder(tmp_path, kind, evidence=head if kind == "classifier" else None)
     pairs = pa.table(
         {
             "address": [f"a{row:02d}" for row in range(40)],
@@ -60,6 +64,10 @@ def test_the_engine_gives_the_probabilities_of_plain_torch(tmp_path, kind):
     by_engine = pa.concat_tables(parts).sort_by("address")
     by_torch = pa.concat_tables(label_pairs(pairs, folder, LabelPlacement(engine="torch"))).sort_by("address")
 
+    if kind == "classifier":
+        Path(folder, EVIDENCE_FILE).unlink()
+        (plain,) = label_pairs(pairs, folder, LabelPlacement(engine="torch"))
+        assert np.abs(plain["p2"].to_numpy() - by_torch["p2"].to_numpy()).min() > 0.01
     assert max(map(len, parts)) <= 16
     assert by_engine["address"].to_pylist() == pairs["address"].to_pylist()
     for name in ("p0", "p1", "p2"):
