@@ -93,6 +93,9 @@ class LabellerRecipe:
         Literal["none", "balanced"], meaning("balanced weighs grades by inverse frequency and distorts probabilities")
     ] = "none"
     keep_epoch: Annotated[Literal["best", "last"], meaning("best: by quadratic kappa on validation queries")] = "best"
+    patience: Annotated[
+        int | None, meaning("passes without a better kappa after which tuning stops; null: never", "epochs", ge=1)
+    ] = None
     decision: Annotated[
         Decision,
         meaning(
@@ -120,6 +123,8 @@ class LabellerRecipe:
     def __post_init__(self) -> None:
         if self.few_shot_per_grade and self.kind != "generative":
             raise ValueError("few_shot_per_grade: only a prompt shows examples; give kind=generative, or 0")
+        if self.patience and self.keep_epoch == "last":
+            raise ValueError("patience: stops by the best epoch; give keep_epoch=best, or null")
 
 
 @settings

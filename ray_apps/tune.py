@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from ray import train
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from embeddings.backbone import resolve_model
@@ -181,7 +182,7 @@ class _TuneRun:
         self.best = state["best"]
 
     def train(self, validation: list[list[int]], grade_N: NDArray[np.int8]) -> None:
-        """Steps to the end, with a validation after every epoch and at the end."""
+        """Steps to the end, or to where patience ends, with a validation after every epoch and at the end."""
         trainer, loss = self.trainer, 0.0
         self.started = time.monotonic()
         while trainer.step < trainer.num_steps:
@@ -189,6 +190,8 @@ class _TuneRun:
             self.seen += trainer.recipe.batch_size
             if trainer.step % trainer.steps_per_epoch == 0 or trainer.step == trainer.num_steps:
                 self._validate(validation, grade_N)
+                if self._is_out_of_patience():
+                    break
             if time.monotonic() - self.told > TELL_EVERY_SEC and self.is_first:
                 self.told = time.monotonic()
                 mean_loss = loss * trainer.world_size / self.seen
@@ -233,6 +236,14 @@ class _TuneRun:
             kappa = labeller_agreement(grade_N, probability_N3.argmax(axis=1))["quadratic_weighted_kappa"]
         if kappa > self.best["kappa"] or not validation or trainer.recipe.keep_epoch == "last":
             self.best = {"epoch": epoch, "kappa": kappa, "weights": trainer.weights()}
+
+    def _is_out_of_patience(self) -> bool:
+        """The same answer on every worker: only the first knows the kappas."""
+        patience = self.trainer.recipe.patience
+        if patience is None:
+            return False
+        passed = self.trainer.step // self.trainer.steps_per_epoch
+        return bool(broadcast_from_rank_zero(passed - self.best["epoch"] >= patience))
 
     def _report(self, write_more: Any) -> None:
         """A checkpoint of rank 0; all workers meet here."""

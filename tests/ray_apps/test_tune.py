@@ -12,7 +12,7 @@ from embeddings.labeller_model import LabellerTrainer, build_labeller
 from ray_apps.checkpoints import SNAPSHOT_FILE
 from ray_apps.cluster import RayPlacement
 from ray_apps.placements import TunePlacement
-from ray_apps.tune import STATE_FILE, salvage, target_shares, tune_labeller
+from ray_apps.tune import STATE_FILE, _TuneRun, salvage, target_shares, tune_labeller
 from tests.tiny_models import tiny_bert_folder
 
 PLACEMENT = TunePlacement(
@@ -65,6 +65,30 @@ def test_a_run_that_goes_on_from_its_checkpoint_ends_like_an_unbroken_one(tmp_pa
     assert resumed.best_epoch == whole.best_epoch
     assert np.isnan(whole.probability_N3[:24]).all()
     np.testing.assert_allclose(whole.probability_N3[24:].sum(axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(("patience", "num_epochs"), [(1, 2), (3, 4), (None, 6)])
+def test_tuning_stops_when_patience_ends(tmp_path, monkeypatch, patience, num_epochs):
+    monkeypatch.setattr("ray_apps.tune.broadcast_from_rank_zero", lambda told: told)
+    # at this rate no pass changes a grade, so that the first stays the best
+    recipe = LabellerRecipe(
+        model=str(tiny_bert_folder(tmp_path / "model")),
+        max_tokens=32,
+        batch_size=8,
+        epochs=6,
+        learning_rate=1e-12,
+        patience=patience,
+    )
+    encoder, pairs = PairEncoder(recipe.model, recipe, load_guideline("v1")), graded_pairs()
+    train, watched = pairs.slice(0, 24), pairs.slice(24, 8)
+    model = build_labeller(recipe, encoder, device="cpu")
+    trainer = LabellerTrainer(model, encoder.encode_rows(train), target_shares(train, recipe), recipe)
+    run = _TuneRun(trainer, str(tmp_path), checkpoint_every=1000, is_first=True)
+
+    run.train(encoder.encode_rows(watched), watched["grade"].to_numpy())
+
+    assert trainer.step == num_epochs * trainer.steps_per_epoch
+    assert run.best["epoch"] == 1
 
 
 def test_a_snapshot_cut_off_in_writing_is_removed_and_the_newest_whole_checkpoint_taken(tmp_path):
