@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import tempfile
 import time
 from typing import Any, Final
 
@@ -53,7 +54,8 @@ CHANGES: Final[dict[str, dict[str, Any]]] = {
     "dropout": {"dropout": None},
     "most probable grade": {"decision": "most_probable"},
     "without random pairs": {"random_irrelevant_per_query": 0},
-    "without word evidence": {"evidence": False},
+    "without evidence": {"evidence": "none"},
+    "cosine besides": {"evidence": "cosine"},
 }
 SHOWN: Final = (
     *("accuracy", "quadratic_weighted_kappa", "macro_f1", "recall_0", "precision_0"),
@@ -115,8 +117,11 @@ def measure(name: str, pairs: pa.Table, recipe: LabellerRecipe, num_pairs: int) 
         trainer.train_step()
     speed = len(train) * recipe.epochs / (time.monotonic() - started)
     answer_N3 = plain_probabilities(model, encoder.encode_rows(held), bf16=trainer.bf16).astype(np.float64)
-    if recipe.evidence and (head := tune_labeller.evidence_head(held, answer_N3, recipe)):
-        answer_N3 = head(answer_N3, head.numbers_of(held))
+    if recipe.evidence != "none":
+        with tempfile.TemporaryDirectory() as place:
+            encoder = tune_labeller.evidence_encoder(recipe, f"{place}/encoder")
+            head = tune_labeller.evidence_head(held, answer_N3, recipe, encoder)
+            answer_N3 = tune_labeller.with_evidence(head, held, answer_N3)
     is_judged_N = np.isin(held["split"].to_numpy(), ("calibration", "test"))
     answer_N3, held = answer_N3[is_judged_N], held.filter(pa.array(is_judged_N))
     for dataset, whole in judged(answer_N3, held, recipe.decision).items():

@@ -1,17 +1,18 @@
-"""Word evidence: what the words of a pair say beside a labeller's answer, and the head that reads both.
+"""Evidence: what the words of a pair, and an encoder, say beside a labeller's answer, and the head that reads all.
 
 A fine-tuned model sees meaning, but neither how rare a word of the query is in the shop nor that a misspelt word stands
-a letter away from one of the title; both move people's grades. Nine numbers of a pair say it. A head reads them with
-the labeller's answer and gives a better one: two logistic regressions, of P(grade >= 1) and of P(grade 2 given
-grade >= 1), on hinges of the numbers. It is fitted on validation queries, which no labeller learned from, so that it
-knows how far the answer is to be trusted, as in stacking. It costs a processor 0.05 ms per pair, whatever the
-labeller's size.
+a letter away from one of the title; both move people's grades. Nine numbers of a pair say it. And tuning on few grades
+of 0 forgets some of what a pretrained encoder's cosine knows of unrelated products: where it is asked for, that is the
+tenth. A head reads them with the labeller's answer and gives a better one: two logistic regressions, of P(grade >= 1)
+and of P(grade 2 given grade >= 1), on hinges of the numbers. It is fitted on validation queries, which no labeller
+learned from, so that it knows how far the answer is to be trusted, as in stacking. The words cost a processor 0.05 ms
+per pair, whatever the labeller's size; the cosine costs what the encoder does.
 
 Cites: Wolpert 1992, Stacked generalization; of numbers like these in product search, the winners' notes of the Home
 Depot search relevance competition.
 """
 
-# N pairs, F numbers of a pair with those of the answer, H hinges of them
+# N pairs, E numbers of evidence, F those and two of the answer, H hinges of them
 
 from __future__ import annotations
 
@@ -29,8 +30,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from embeddings.guideline import ProductFields, neutralise
+from embeddings.text import TextRecipe, product_text
 
 EVIDENCE_FILE: Final = "evidence.json"
+ENCODER_FOLDER: Final = "evidence_encoder"
+"""Beside the file, where there is a cosine."""
 EVIDENCE: Final = (
     "likeness of the query's least alike word to a word of the title",
     "mean likeness of the query's words, weighted by rarity",
@@ -44,7 +48,7 @@ EVIDENCE: Final = (
 )
 """Meaning of each number; likeness is the share of common letter triples, rarity log((N + 1) / (n + 1/2)) of n of N."""
 PAIRS_FOR_HEAD: Final = 1000
-"""Pairs that a head is fitted on at least, no query counting as more than ten; it has 90 weights."""
+"""Pairs that a head is fitted on at least, no query counting as more than ten; it has about 90 weights."""
 _MAX_WORDS: Final = 400
 """Of a text that are read: a description of megabytes says no more."""
 _RIDGE: Final = 30.0
@@ -75,7 +79,7 @@ def _likeness(word: str, others: set[str]) -> float:
 
 
 class EvidenceHead:
-    """Reads word evidence beside a labeller's answer.
+    """Reads evidence beside a labeller's answer.
 
     Args:
         num_texts: titles that the words were counted in.
@@ -83,6 +87,7 @@ class EvidenceHead:
         centre: subtracted from the numbers, [F].
         scale: they are divided by it then, [F].
         weights: of P(grade >= 1) and of P(grade 2 given grade >= 1), the constant last, [2, H + 1].
+        encoder: sentence-transformers folder whose cosine is a number too; empty for none.
     """
 
     def __init__(
@@ -92,18 +97,23 @@ class EvidenceHead:
         centre: Sequence[float],
         scale: Sequence[float],
         weights: Sequence[Sequence[float]],
+        encoder: str = "",
     ) -> None:
         self.num_texts, self.counts = num_texts, dict(counts)
         self.centre_F, self.scale_F, self.weight_2H = np.array(centre), np.array(scale), np.array(weights)
+        self.encoder = encoder
 
     def numbers(self, queries: Sequence[str], products: Sequence[ProductFields]) -> NDArray[np.float64]:
-        """The numbers named in EVIDENCE, [N, 9]; a query without a word has likeness and rarity 0."""
-        pairs = zip(map(neutralise, queries), products, strict=True)
-        found = [self._numbers(units(query), product) for query, product in pairs]
-        return np.array(found, dtype=np.float64).reshape(-1, len(EVIDENCE))
+        """The numbers named in EVIDENCE and, with an encoder, its cosine, [N, E]; 0 for likeness without words."""
+        asked = [neutralise(query) for query in queries]
+        found = [self._numbers(units(query), product) for query, product in zip(asked, products, strict=True)]
+        number_NE = np.array(found, dtype=np.float64).reshape(-1, len(EVIDENCE))
+        if not self.encoder or not asked:
+            return number_NE
+        return np.concatenate([number_NE, _cosines(self.encoder, asked, products)[:, None]], axis=1)
 
     def numbers_of(self, rows: pa.Table) -> NDArray[np.float64]:
-        """The numbers of rows with columns query and title and any other text column of a product, [N, 9]."""
+        """The numbers of rows with columns query and title and any other text column of a product, [N, E]."""
         columns = [
             rows[name].to_pylist() if name in rows.column_names else [None] * len(rows)
             for name in ProductFields._fields
@@ -111,9 +121,9 @@ class EvidenceHead:
         products = [ProductFields(*values) for values in zip(*columns, strict=True)]
         return self.numbers(rows["query"].to_pylist(), products)
 
-    def __call__(self, answer_N3: NDArray[np.floating], number_N9: NDArray[np.floating]) -> NDArray[np.float64]:
+    def __call__(self, answer_N3: NDArray[np.floating], number_NE: NDArray[np.floating]) -> NDArray[np.float64]:
         """Probabilities of the grades, [N, 3]; nan where the answer is."""
-        input_NF = np.concatenate([_logits(answer_N3), number_N9], axis=1)
+        input_NF = np.concatenate([_logits(answer_N3), number_NE], axis=1)
         hinge_NH = _hinges((input_NF - self.centre_F) / self.scale_F)
         relevant_N, exact_N = 1 / (1 + np.exp(-(hinge_NH @ self.weight_2H[:, :-1].T + self.weight_2H[:, -1]).T))
         return np.stack([1 - relevant_N, relevant_N * (1 - exact_N), relevant_N * exact_N], axis=1)
@@ -145,13 +155,14 @@ class EvidenceHead:
         ]
 
     def text(self) -> str:
-        """What the file holds that `load` reads."""
+        """What the file holds that `load` reads; of an encoder, that there is one."""
         values = {
             "num_texts": self.num_texts,
             "counts": dict(sorted(self.counts.items())),
             "centre": self.centre_F.tolist(),
             "scale": self.scale_F.tolist(),
             "weights": self.weight_2H.tolist(),
+            "encoder": ENCODER_FOLDER if self.encoder else "",
         }
         return json.dumps(values, ensure_ascii=False) + "\n"
 
@@ -162,7 +173,26 @@ class EvidenceHead:
         if not path.is_file():
             return None
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if values["encoder"]:
+            values["encoder"] = str(Path(folder, values["encoder"]))
         return cls(**values)
+
+
+@lru_cache(maxsize=1)
+def _encoder(folder: str) -> Any:
+    from embeddings.encoder import load_encoder
+
+    return load_encoder(folder)[0]
+
+
+def _cosines(folder: str, queries: Sequence[str], products: Sequence[ProductFields]) -> NDArray[np.float64]:
+    """Cosine of each query with the product's title and brand, [N]."""
+    from embeddings.encoder import encode
+
+    model = _encoder(folder)
+    texts = [product_text(product.title, product.brand, None, None, TextRecipe()) for product in products]
+    query_ND, product_ND = encode(model, queries, "query"), encode(model, texts, "document")
+    return np.asarray((query_ND * product_ND).sum(axis=1), dtype=np.float64)
 
 
 def fit_evidence_head(
@@ -171,6 +201,7 @@ def fit_evidence_head(
     answer_N3: NDArray[np.floating],
     share_N2: NDArray[np.floating],
     weight_N: NDArray[np.floating],
+    encoder: str = "",
 ) -> EvidenceHead | None:
     """The likeliest head by pairs that the labeller did not learn from, under a ridge.
 
@@ -180,6 +211,7 @@ def fit_evidence_head(
         answer_N3: what the labeller answers to them, uncalibrated.
         share_N2: shares of raters at or above grades 1 and 2.
         weight_N: what each pair counts.
+        encoder: sentence-transformers folder whose cosine is evidence too; empty for none.
 
     Returns:
         None where the weights sum to less than `PAIRS_FOR_HEAD`.
@@ -189,7 +221,7 @@ def fit_evidence_head(
     if weight_N.sum() < PAIRS_FOR_HEAD:
         return None
     counts = {word: n for word, n in Counter(w for text in counted for w in set(units(text))).items() if n > 1}
-    head = EvidenceHead(len(counted), counts, [0.0], [1.0], [[0.0], [0.0]])
+    head = EvidenceHead(len(counted), counts, [0.0], [1.0], [[0.0], [0.0]], encoder)
     input_NF = np.concatenate([_logits(answer_N3), head.numbers_of(rows)], axis=1)
     centre_F, scale_F = input_NF.mean(axis=0), input_NF.std(axis=0) + _SMALLEST
     hinge_NH = _hinges((input_NF - centre_F) / scale_F)
@@ -210,9 +242,8 @@ def fit_evidence_head(
 
         found = minimize(loss, np.zeros(hinge_NH.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 1000})
         weights.append([_rounded(value) for value in found.x])
-    return EvidenceHead(
-        len(counted), counts, [_rounded(value) for value in centre_F], [_rounded(value) for value in scale_F], weights
-    )
+    place = ([_rounded(value) for value in centre_F], [_rounded(value) for value in scale_F])
+    return EvidenceHead(len(counted), counts, *place, weights, encoder)
 
 
 def _logits(answer_N3: NDArray[np.floating]) -> NDArray[np.float64]:

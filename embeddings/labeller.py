@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from conf.load import ConfigError, meaning, settings, validate
 from embeddings.anchors import ANCHOR_FILE, write_anchors
 from embeddings.calibration import Calibration, Decision
-from embeddings.evidence import EVIDENCE_FILE, EvidenceHead
+from embeddings.evidence import ENCODER_FOLDER, EVIDENCE_FILE, EvidenceHead
 from embeddings.guideline import (
     Guideline,
     LabellerKind,
@@ -103,8 +103,12 @@ class LabellerRecipe:
         ),
     ] = "rates"
     evidence: Annotated[
-        bool, meaning("a head reads words' rarity and likeness beside the answer, where validation pairs are 1,000")
-    ] = True
+        Literal["none", "words", "cosine"],
+        meaning(
+            "what a head reads beside the answer, where validation pairs are 1,000: words, their rarity and likeness; "
+            "cosine, that of baseline_model besides, which costs what a small labeller does"
+        ),
+    ] = "words"
     few_shot_per_grade: Annotated[
         int, meaning("train pairs of each grade shown in a generative labeller's prompt", "pairs", ge=0)
     ] = 0
@@ -112,7 +116,9 @@ class LabellerRecipe:
         int, meaning("labellers tuned besides, each without one part of the train queries, which it grades", ge=0)
     ] = 0
     """Their grades, of pairs that the grading labeller has not learned from, go to the table labeller_oof."""
-    baseline_model: Annotated[str, meaning("encoder whose cosine is the baseline")] = "all-MiniLM-L6-v2"
+    baseline_model: Annotated[str, meaning("encoder whose cosine is the baseline, and evidence where asked for")] = (
+        "all-MiniLM-L6-v2"
+    )
     precision: Annotated[
         Literal["auto", "fp32", "bf16"],
         meaning("of training; auto: bf16 where hardware computes it, unless deterministic"),
@@ -275,10 +281,12 @@ def save_labeller(
     digest = hashlib.sha256(json.dumps(essentials, sort_keys=True).encode())
     files = sorted(path for path in Path(weights).iterdir() if path.is_file())
     for path in files:
-        with path.open("rb") as stream:
-            digest.update(path.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+        digest.update(_digest_of_file(path))
     if evidence is not None:
         digest.update(evidence.text().encode())
+        if evidence.encoder:
+            for path in sorted(path for path in Path(evidence.encoder).rglob("*") if path.is_file()):
+                digest.update(_digest_of_file(path))
     values = {**essentials, "metrics": dict(metrics), "fingerprint": digest.hexdigest()[:16]}
     with atomic_folder(target) as scratch:
         for path in files:
@@ -287,9 +295,16 @@ def save_labeller(
         (scratch / CARD_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if evidence is not None:
             (scratch / EVIDENCE_FILE).write_text(evidence.text(), encoding="utf-8")
+            if evidence.encoder:
+                shutil.copytree(evidence.encoder, scratch / ENCODER_FOLDER)
         if anchors is not None:
             write_anchors(scratch, anchors)
     return load_labeller_card(target)
+
+
+def _digest_of_file(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return path.name.encode() + hashlib.file_digest(stream, "sha256").digest()
 
 
 def load_labeller_card(folder: str | Path) -> LabellerCard:

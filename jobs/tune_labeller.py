@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -77,7 +78,8 @@ def run(config: Config) -> RunRecord:
     log.info("tune_labeller: %s", counts)
     tuned = tune_labeller(pairs, recipe, config.placement, storage=storage, name=current.fingerprint)
     answer_N3, grade_N = tuned.probability_N3.astype(np.float64), human["grade"].to_numpy()
-    head = evidence_head(pairs, answer_N3, recipe) if recipe.evidence else None
+    encoder = evidence_encoder(recipe, os.path.join(storage, f"{current.fingerprint}-encoder"))
+    head = evidence_head(pairs, answer_N3, recipe, encoder) if recipe.evidence != "none" else None
     probability_N3 = with_evidence(head, pairs, answer_N3)[: len(human)]
     datasets, split_N = human["dataset"].to_pylist(), human["split"].to_numpy()
     fitted = np.flatnonzero(split_N == "calibration")
@@ -124,6 +126,7 @@ def run(config: Config) -> RunRecord:
     for name in (current.fingerprint, *names):
         shutil.rmtree(Path(storage, name), ignore_errors=True)
         Path(storage, f"{name}-guideline.yaml").unlink(missing_ok=True)
+        shutil.rmtree(Path(storage, f"{name}-encoder"), ignore_errors=True)
     return record
 
 
@@ -138,12 +141,24 @@ def with_few_shot(human: pa.Table, recipe: LabellerRecipe, path: str) -> Labelle
 def with_random(current: Run, human: pa.Table, recipe: LabellerRecipe) -> pa.Table:
     """People's pairs, then random ones: of train queries, and of validation queries for the evidence's head."""
     weak = [random_irrelevant(current, human, recipe, "train", "train")]
-    if recipe.evidence:
+    if recipe.evidence != "none":
         weak.append(random_irrelevant(current, human, recipe, "validation", FOR_EVIDENCE))
     return pa.concat_tables([human, *(part.select(human.column_names) for part in weak)])
 
 
-def evidence_head(pairs: pa.Table, answer_N3: NDArray[np.floating], recipe: LabellerRecipe) -> EvidenceHead | None:
+def evidence_encoder(recipe: LabellerRecipe, folder: str) -> str:
+    """Writes the pretrained encoder whose cosine is evidence to a folder and returns that; '' where none is."""
+    if recipe.evidence != "cosine":
+        return ""
+    from embeddings.encoder import EncoderRecipe, build_pretrained, save_encoder
+
+    save_encoder(build_pretrained(EncoderRecipe(model=recipe.baseline_model)), folder, {})
+    return folder
+
+
+def evidence_head(
+    pairs: pa.Table, answer_N3: NDArray[np.floating], recipe: LabellerRecipe, encoder: str
+) -> EvidenceHead | None:
     """The head fitted on people's and random pairs of validation queries; None where those are few."""
     from ray_apps.tune import target_shares
 

@@ -3,8 +3,11 @@ import pyarrow as pa
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from embeddings.evidence import EVIDENCE, EVIDENCE_FILE, EvidenceHead, fit_evidence_head
+from embeddings.encoder import EncoderRecipe, build_pretrained, save_encoder
+from embeddings.evidence import ENCODER_FOLDER, EVIDENCE, EVIDENCE_FILE, EvidenceHead, fit_evidence_head
 from embeddings.guideline import ProductFields
+from embeddings.labeller_baseline import pair_cosines
+from tests.tiny_models import tiny_bert_folder
 
 NUM_TEXTS = 99
 HEAD = EvidenceHead(NUM_TEXTS, {"pipe": 49, "steel": 9}, [0.0], [1.0], [[0.0], [0.0]])
@@ -99,6 +102,25 @@ def test_few_pairs_get_no_head():
 
     assert fit_evidence_head([], rows, answer_N3, shares(grade_N), np.full(1200, 0.8)) is None
     assert fit_evidence_head([], rows, answer_N3, shares(grade_N), np.ones(1200)) is not None
+
+
+def test_a_head_with_an_encoder_reads_its_cosine_too(tmp_path):
+    rows, answer_N3, grade_N = judged(1200)
+    model = build_pretrained(EncoderRecipe(model=str(tiny_bert_folder(tmp_path / "bert"))))
+    save_encoder(model, tmp_path / ENCODER_FOLDER, {})
+
+    head = fit_evidence_head(
+        [], rows, answer_N3, shares(grade_N), np.ones(1200), encoder=str(tmp_path / ENCODER_FOLDER)
+    )
+    (tmp_path / EVIDENCE_FILE).write_text(head.text(), encoding="utf-8")
+    kept = EvidenceHead.load(tmp_path)
+
+    by_hand_N = pair_cosines(rows["query"].to_pylist(), rows["title"].to_pylist(), model)
+    number_NE = kept.numbers_of(rows)
+    np.testing.assert_allclose(number_NE[:, -1], by_hand_N, atol=1e-5)
+    assert number_NE.shape == (1200, len(EVIDENCE) + 1)
+    np.testing.assert_array_equal(kept(answer_N3, number_NE), head(answer_N3, number_NE))
+    assert kept.numbers_of(rows[:0]).shape[0] == 0
 
 
 def test_an_answer_that_is_none_stays_none():

@@ -13,6 +13,7 @@ from conf.load import ConfigError, load_job
 from embeddings.anchors import ANCHOR_TEXTS, choose_anchors, read_anchors
 from embeddings.calibration import Calibration
 from embeddings.injections import ATTACKS
+from embeddings.evidence import EvidenceHead
 from embeddings.labeller import LabellerRecipe, export_labeller, load_labeller_card, save_labeller
 from embeddings.labeller_evaluation import JudgeRecipe
 from embeddings.labeller_model import load_labeller, plain_probabilities
@@ -214,13 +215,15 @@ def test_a_labeller_that_is_not_there_is_named(shop):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_labeller_is_tuned_measured_and_kept(shop, tmp_path):
+def test_the_labeller_is_tuned_measured_and_kept(shop, tmp_path, monkeypatch):
+    monkeypatch.setattr("embeddings.evidence.PAIRS_FOR_HEAD", 1)
     recipe = LabellerRecipe(
         model=str(tiny_bert_folder(tmp_path / "model")),
         baseline_model=str(tiny_bert_folder(tmp_path / "encoder")),
         max_tokens=32,
         epochs=1,
         random_irrelevant_per_query=2,
+        evidence="cosine",
         folds=2,
     )
     placement = TunePlacement(ray=RayPlacement(address="local", num_cpus=2), threads_per_worker=1)
@@ -228,12 +231,14 @@ def test_the_labeller_is_tuned_measured_and_kept(shop, tmp_path):
     record = tune_labeller.run(tune_labeller.Config(lake=shop.root, recipe=recipe, placement=placement))
 
     assert record.counts["human_pairs"] == 48
-    assert 0 < record.counts["random_pairs"] <= 12
+    num_drawn = 2 * sum(SHOP_SPLITS[number % 6] in ("train", "validation") for number in range(12))
+    assert 0 < record.counts["random_pairs"] <= num_drawn
     for prefix in ("", "majority_", "cosine_"):
         for name in ("accuracy", "within_1", "quadratic_weighted_kappa"):
             assert -1 <= record.metrics[f"{prefix}{name}"] <= 1
     folder = shop.path(record.outputs["labeller"])
     assert len(read_anchors(folder)) == 8
+    assert Path(EvidenceHead.load(folder).encoder).is_dir()
     assert label_pairs.run(config_of(shop, folder)).counts["labelled"] == 54
     export_labeller(folder, str(tmp_path / "exported"))
     assert read_anchors(tmp_path / "exported") is None
@@ -244,7 +249,7 @@ def test_the_labeller_is_tuned_measured_and_kept(shop, tmp_path):
     assert {fold for query, fold in folds.items() if SHOP_SPLITS[int(query[1:]) % 6] == "train"} == {0, 1}
     assert {fold for query, fold in folds.items() if SHOP_SPLITS[int(query[1:]) % 6] != "train"} == {-1}
     assert all(row["p0"] + row["p1"] + row["p2"] == pytest.approx(1) for row in rows)
-    assert not list(Path(shop.path("runs")).glob("*fold*"))
+    assert not [path for path in Path(shop.path("runs")).iterdir() if "fold" in path.name or "encoder" in path.name]
 
 
 def test_a_fold_s_labeller_sees_none_of_its_queries():
