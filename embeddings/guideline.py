@@ -22,6 +22,9 @@ GradeValue = Literal[0, 1, 2]
 PLACEHOLDERS = frozenset({"title", "purpose", "grades", "edge_cases", "query", "product"})
 OPTIONAL_PLACEHOLDERS = frozenset({"facets", "examples"})
 
+SHARED_BLOCK_TOKENS = 32
+"""What pairs of a query share is filled up to whole blocks of so many tokens, since engines keep whole blocks only: 32
+are the fewest that vLLM's attention takes on a processor, and two of its blocks on a graphics card."""
 NEUTRALISER = 2
 """Version of `neutralise`, part of every prompt's fingerprint; a change of what it gives is a new one."""
 _SIGNS = frozenset("<>[]|/")
@@ -200,7 +203,7 @@ def build_prompt(guideline: Guideline, query: str, product: ProductFields, recip
 
 def prompt_fingerprint(guideline: Guideline, kind: LabellerKind, recipe: TextRecipe, max_tokens: int) -> str:
     """Hash of all that decides which tokens a pair becomes, apart from the tokenizer, which goes with the weights."""
-    asked = prompt_segments(guideline) if kind == "generative" else ("query", "product")
+    asked = (*prompt_segments(guideline), SHARED_BLOCK_TOKENS) if kind == "generative" else ("query", "product")
     return fingerprint("prompt", NEUTRALISER, kind, asked, recipe, max_tokens)
 
 

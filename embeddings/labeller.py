@@ -28,6 +28,7 @@ from embeddings.anchors import ANCHOR_FILE, write_anchors
 from embeddings.calibration import Calibration, Decision
 from embeddings.evidence import ENCODER_FOLDER, EVIDENCE_FILE, EvidenceHead
 from embeddings.guideline import (
+    SHARED_BLOCK_TOKENS,
     Guideline,
     LabellerKind,
     ProductFields,
@@ -163,7 +164,9 @@ class LabellerCard:
 class PairEncoder:
     """Turns pairs into token ids, cut to fit: of a classifier's pair the longer side first, of a prompt the product.
 
-    A prompt cuts its query only where that would leave less than 16 tokens to the product, and itself never.
+    A prompt cuts its query only where that would leave less than 16 tokens to the product, and itself never. What
+    stands before the product is filled up with blank lines to whole blocks of an engine's cache, so that of a query's
+    further pairs the engine computes the product alone.
 
     Args:
         source: folder or name of the tokenizer.
@@ -196,6 +199,8 @@ class PairEncoder:
                     f"{room} tokens to query and product; give at least {self.max_tokens - room + 128}"
                 )
             self._room = room
+            blank = self._ids("\n")
+            self._blank = blank if len(blank) == 1 else []
         else:
             self.grade_token_ids = ()
 
@@ -218,8 +223,15 @@ class PairEncoder:
         pairs = []
         for query, product in zip(map(self._ids, asked), map(self._ids, shown), strict=True):
             kept = query[: self._room - MIN_PRODUCT_TOKENS]
+            kept += self._blank * self._to_whole_blocks(len(kept))
             pairs.append([*before, *kept, *between, *product[: self._room - len(kept)], *after])
         return pairs
+
+    def _to_whole_blocks(self, query_tokens: int) -> int:
+        """Blank lines after a query with which all that stands before the product ends with a block; 0 without room."""
+        before, between, _ = self._fixed
+        missing = -(len(before) + query_tokens + len(between)) % SHARED_BLOCK_TOKENS
+        return missing if query_tokens + missing + MIN_PRODUCT_TOKENS <= self._room else 0
 
     def encode_rows(self, rows: pa.Table) -> list[list[int]]:
         """Token ids of rows with columns query and title and any other text column of a product."""
@@ -346,7 +358,8 @@ def _readme(card: LabellerCard) -> str:
     how = (
         "AutoModelForSequenceClassification; softmax of its three logits"
         if card.kind == "classifier"
-        else f"AutoModelForCausalLM; softmax of the next token's logits over the tokens {list(card.grade_token_ids)}"
+        else f"AutoModelForCausalLM; softmax of the next token's logits over the tokens {list(card.grade_token_ids)}; "
+        f"after the query stand blank lines, so that {SHARED_BLOCK_TOKENS} divides the tokens before the product"
     )
     rows = [f"| {name} | {value:.4f} |" for name, value in sorted(card.metrics.items())]
     return "\n".join(

@@ -25,6 +25,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from conf.load import ConfigError
 from embeddings.calibration import calibrate
 from embeddings.evidence import EvidenceHead
+from embeddings.guideline import SHARED_BLOCK_TOKENS
 from embeddings.labeller import LabellerCard, PairEncoder, load_labeller_card, load_pair_encoder, violations
 from ray_apps.cluster import check_resources, connect, quiet_data
 from ray_apps.placements import LabelPlacement
@@ -36,10 +37,6 @@ ENGINE_STAGE = "vLLMEngineStage"
 CPU_HEAD_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Attention heads that vLLM 0.32 computes on a processor (its CPU_ATTN backend). It starts with others as well, and
 dies at the first pair."""
-CPU_BLOCK_TOKENS = 32
-"""Tokens of a block of the engine's cache on a processor: the fewest that CPU_ATTN takes. Only whole blocks are shared,
-so that under vLLM's own 128 up to 127 tokens of what all pairs begin with are computed for each."""
-
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -242,7 +239,8 @@ def engine_arguments(card: LabellerCard, placement: LabelPlacement) -> dict[str,
             "enable_prefix_caching": True,
         }
         if not placement.use_gpu:
-            given["block_size"] = CPU_BLOCK_TOKENS
+            # vLLM's own 128 would leave up to 127 tokens of what all pairs begin with to each
+            given["block_size"] = SHARED_BLOCK_TOKENS
     return given
 
 

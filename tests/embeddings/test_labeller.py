@@ -1,14 +1,23 @@
+import copy
 import json
+from itertools import takewhile
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    ElectraConfig,
+    ElectraForSequenceClassification,
+)
 
 from conf.load import ConfigError
 from embeddings.calibration import Calibration
 from embeddings.evidence import EvidenceHead
-from embeddings.guideline import ProductFields, load_guideline
+from embeddings.guideline import SHARED_BLOCK_TOKENS, ProductFields, load_guideline
 from embeddings.labeller import (
     LabellerRecipe,
     PairEncoder,
@@ -25,6 +34,7 @@ from embeddings.labeller_model import (
     epoch_batches,
     load_labeller,
     plain_probabilities,
+    read_first_token_alone,
     save_weights,
 )
 from tests.tiny_models import tiny_bert_folder, tiny_causal_lm_folder, tiny_guideline_file
@@ -61,6 +71,29 @@ def trainer_of(recipe, encoder, pairs):
 def nll(model, pairs):
     probability_N3 = plain_probabilities(model, pairs)
     return labeller_metrics(probability_N3, probability_N3.argmax(axis=1), np.array(GRADES))["nll"]
+
+
+@pytest.mark.parametrize("query", ["red", "red shoe", "a lamp with a very long name " * 5])
+def test_pairs_of_a_query_share_whole_blocks_up_to_the_product(tmp_path, query):
+    _, encoder, _ = build(tmp_path, "generative")
+
+    one, other = encoder.encode([query] * 2, [ProductFields("knife"), ProductFields("shoe")])
+
+    shared = len(list(takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False))))
+    assert shared % SHARED_BLOCK_TOKENS == 0
+    assert max(len(one), len(other)) - shared < 40
+
+
+def test_without_room_for_blank_lines_the_product_keeps_its_own(tmp_path):
+    _, wide, _ = build(tmp_path / "wide", "generative")
+    fixed = sum(map(len, wide._fixed))
+    _, narrow, _ = build(tmp_path / "narrow", "generative", max_tokens=fixed + 32)
+    query, product = "red " * 15, ProductFields("shoe " * 40)
+
+    (pair,) = narrow.encode([query], [product])
+
+    assert len(pair) <= fixed + 32
+    assert narrow._to_whole_blocks(15) in (0, 1)
 
 
 def test_a_long_product_is_cut_and_the_query_and_the_prompts_end_are_not(tmp_path):
@@ -184,6 +217,32 @@ def test_adapters_are_merged_into_a_plain_folder(tmp_path):
     again = GradeModel(merged, encoder)
 
     np.testing.assert_allclose(plain_probabilities(again, pairs), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "electra"])
+def test_the_last_layer_of_one_token_gives_the_values_and_gradients_of_all(family):
+    kinds = {
+        "bert": (BertConfig, BertForSequenceClassification),
+        "electra": (ElectraConfig, ElectraForSequenceClassification),
+    }
+    config_of, model_of = kinds[family]
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    whole = model_of(config_of(vocab_size=50, num_labels=3, **shape)).eval()
+    alone = read_first_token_alone(copy.deepcopy(whole))
+    widths = []
+    alone.base_model.encoder.layer[-1].intermediate.register_forward_hook(lambda *told: widths.append(told[2].shape[1]))
+    inputs = {"input_ids": torch.randint(50, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.long)}
+    inputs["attention_mask"][1:, 5:] = 0
+
+    logits = [model(**inputs).logits for model in (whole, alone)]
+    for found in logits:
+        found.square().sum().backward()
+
+    assert widths == [1]
+    torch.testing.assert_close(*logits)
+    for (name, one), (_, other) in zip(whole.named_parameters(), alone.named_parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, msg=name)
 
 
 def test_a_saved_labeller_is_itself_again_and_its_fingerprint_follows_what_it_answers(tmp_path):

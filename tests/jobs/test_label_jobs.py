@@ -12,8 +12,8 @@ import ray_apps.label
 from conf.load import ConfigError, load_job
 from embeddings.anchors import ANCHOR_TEXTS, choose_anchors, read_anchors
 from embeddings.calibration import Calibration
-from embeddings.injections import ATTACKS
 from embeddings.evidence import EvidenceHead
+from embeddings.injections import ATTACKS
 from embeddings.labeller import LabellerRecipe, export_labeller, load_labeller_card, save_labeller
 from embeddings.labeller_evaluation import JudgeRecipe
 from embeddings.labeller_model import load_labeller, plain_probabilities

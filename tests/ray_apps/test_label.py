@@ -9,12 +9,12 @@ import pytest
 from conf.load import ConfigError
 from embeddings.calibration import Calibration
 from embeddings.evidence import EVIDENCE_FILE, EvidenceHead
-from embeddings.guideline import load_guideline
+from embeddings.guideline import SHARED_BLOCK_TOKENS, load_guideline
 from embeddings.labeller import LabellerCard, LabellerRecipe, PairEncoder, load_pair_encoder, save_labeller
 from embeddings.labeller_model import build_labeller, save_weights
 from embeddings.text import TextRecipe
 from ray_apps.cluster import RayPlacement
-from ray_apps.label import CPU_BLOCK_TOKENS, _answer, _engine_config, check_servable, label_pairs
+from ray_apps.label import _answer, _engine_config, check_servable, label_pairs
 from ray_apps.placements import LabelPlacement
 from tests.tiny_models import tiny_bert_folder, tiny_causal_lm_folder, tiny_guideline_file
 
@@ -78,8 +78,8 @@ def test_the_engine_gives_the_probabilities_of_plain_torch(tmp_path, kind):
     assert (
         cost["tokens"] == by_torch["tokens"].to_pylist() == list(map(len, load_pair_encoder(folder).encode_rows(pairs)))
     )
-    assert {cached % CPU_BLOCK_TOKENS for cached in cost["cached_tokens"]} == {0}
-    assert (max(cost["cached_tokens"]) >= CPU_BLOCK_TOKENS) is (kind == "generative")
+    assert {cached % SHARED_BLOCK_TOKENS for cached in cost["cached_tokens"]} == {0}
+    assert (max(cost["cached_tokens"]) >= SHARED_BLOCK_TOKENS) is (kind == "generative")
 
 
 def card(kind="generative"):
