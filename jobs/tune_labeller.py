@@ -166,7 +166,8 @@ def evidence_head(
     fitted = pairs.take(rows)
     titles = dict(zip(pairs["product_hash"].to_pylist(), pairs["title"].to_pylist(), strict=True))
     weight_N = query_weights(fitted["query_id"].to_pylist())
-    return fit_evidence_head(list(titles.values()), fitted, answer_N3[rows], target_shares(fitted, recipe), weight_N)
+    shares = target_shares(fitted, recipe)
+    return fit_evidence_head(list(titles.values()), fitted, answer_N3[rows], shares, weight_N, encoder)
 
 
 def with_evidence(head: EvidenceHead | None, pairs: pa.Table, answer_N3: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ import ray_apps.label
 from conf.load import ConfigError, load_job
 from embeddings.anchors import ANCHOR_TEXTS, choose_anchors, read_anchors
 from embeddings.calibration import Calibration
-from embeddings.evidence import EvidenceHead
+from embeddings.evidence import ENCODER_FOLDER, EvidenceHead
 from embeddings.injections import ATTACKS
 from embeddings.labeller import LabellerRecipe, export_labeller, load_labeller_card, save_labeller
 from embeddings.labeller_evaluation import JudgeRecipe
@@ -238,7 +238,8 @@ def test_the_labeller_is_tuned_measured_and_kept(shop, tmp_path, monkeypatch):
             assert -1 <= record.metrics[f"{prefix}{name}"] <= 1
     folder = shop.path(record.outputs["labeller"])
     assert len(read_anchors(folder)) == 8
-    assert Path(EvidenceHead.load(folder).encoder).is_dir()
+    assert EvidenceHead.load(folder).encoder == str(Path(folder, ENCODER_FOLDER))
+    assert Path(folder, ENCODER_FOLDER, "modules.json").is_file()
     assert label_pairs.run(config_of(shop, folder)).counts["labelled"] == 54
     export_labeller(folder, str(tmp_path / "exported"))
     assert read_anchors(tmp_path / "exported") is None
