@@ -156,7 +156,7 @@ def test_more_cards_than_the_cluster_has_are_refused_before_anything_starts(tmp_
         list(label_pairs(pairs, folder, placement))
 
 
-KEY = {"address": "a", "dataset": "d", "tokens": 3}
+KEY = {"address": "a", "dataset": "d", "evidence": [], "tokens": 3}
 
 
 def test_an_answer_without_every_grade_is_no_answer():
