@@ -116,12 +116,10 @@ def measure(name: str, pairs: pa.Table, recipe: LabellerRecipe, num_pairs: int) 
     while trainer.step < trainer.num_steps:
         trainer.train_step()
     speed = len(train) * recipe.epochs / (time.monotonic() - started)
-    answer_N3 = plain_probabilities(model, encoder.encode_rows(held), bf16=trainer.bf16).astype(np.float64)
-    if recipe.evidence != "none":
-        with tempfile.TemporaryDirectory() as place:
-            encoder = tune_labeller.evidence_encoder(recipe, f"{place}/encoder")
-            head = tune_labeller.evidence_head(held, answer_N3, recipe, encoder)
-            answer_N3 = tune_labeller.with_evidence(head, held, answer_N3)
+    answer_N3 = plain_probabilities(model, encoder.encode_rows(held), bf16=trainer.bf16)
+    with tempfile.TemporaryDirectory() as place:
+        head = tune_labeller.evidence_head(held, answer_N3, recipe, f"{place}/encoder")
+        answer_N3 = tune_labeller.with_evidence(head, held, answer_N3)
     is_judged_N = np.isin(held["split"].to_numpy(), ("calibration", "test"))
     answer_N3, held = answer_N3[is_judged_N], held.filter(pa.array(is_judged_N))
     for dataset, whole in judged(answer_N3, held, recipe.decision).items():

@@ -17,11 +17,10 @@ Depot search relevance competition.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -29,8 +28,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from embeddings.guideline import ProductFields, neutralise
-from embeddings.text import TextRecipe, product_text
+from embeddings.guideline import ProductFields, neutralise, products_of
+from embeddings.text import TextRecipe, product_text, rarity
 
 EVIDENCE_FILE: Final = "evidence.json"
 ENCODER_FOLDER: Final = "evidence_encoder"
@@ -110,16 +109,11 @@ class EvidenceHead:
         number_NE = np.array(found, dtype=np.float64).reshape(-1, len(EVIDENCE))
         if not self.encoder or not asked:
             return number_NE
-        return np.concatenate([number_NE, _cosines(self.encoder, asked, products)[:, None]], axis=1)
+        return np.concatenate([number_NE, self._cosines(asked, products)[:, None]], axis=1)
 
     def numbers_of(self, rows: pa.Table) -> NDArray[np.float64]:
         """The numbers of rows with columns query and title and any other text column of a product, [N, E]."""
-        columns = [
-            rows[name].to_pylist() if name in rows.column_names else [None] * len(rows)
-            for name in ProductFields._fields
-        ]
-        products = [ProductFields(*values) for values in zip(*columns, strict=True)]
-        return self.numbers(rows["query"].to_pylist(), products)
+        return self.numbers(rows["query"].to_pylist(), products_of(rows))
 
     def __call__(self, answer_N3: NDArray[np.floating], number_NE: NDArray[np.floating]) -> NDArray[np.float64]:
         """Probabilities of the grades, [N, 3]; nan where the answer is."""
@@ -128,8 +122,18 @@ class EvidenceHead:
         relevant_N, exact_N = 1 / (1 + np.exp(-(hinge_NH @ self.weight_2H[:, :-1].T + self.weight_2H[:, -1]).T))
         return np.stack([1 - relevant_N, relevant_N * (1 - exact_N), relevant_N * exact_N], axis=1)
 
-    def _rarity(self, word: str) -> float:
-        return max(0.0, math.log((self.num_texts + 1) / (self.counts.get(word, 0) + 0.5)))
+    @cached_property
+    def _model(self) -> Any:
+        from embeddings.encoder import load_encoder
+
+        return load_encoder(self.encoder)[0]
+
+    def _cosines(self, queries: Sequence[str], products: Sequence[ProductFields]) -> NDArray[np.float64]:
+        """Cosine of each query with the product's title and brand, [N]."""
+        from embeddings.labeller_baseline import pair_cosines
+
+        texts = [product_text(product.title, product.brand, None, None, TextRecipe()) for product in products]
+        return pair_cosines(list(queries), texts, self._model).astype(np.float64)
 
     def _numbers(self, asked: list[str], product: ProductFields) -> list[float]:
         title = units(product.title)
@@ -139,19 +143,19 @@ class EvidenceHead:
         everywhere = {word for text in product for word in units(text)}
         known = set(first)
         likeness = [_likeness(word, known) for word in asked] or [0.0]
-        rarity = [self._rarity(word) for word in asked] or [0.0]
-        total = max(sum(rarity), _SMALLEST)
+        rareness = [rarity(self.num_texts, self.counts.get(word, 0)) for word in asked] or [0.0]
+        total = max(sum(rareness), _SMALLEST)
         places = [first[word] / len(title) for word in asked if word in first]
         return [
             min(likeness),
-            sum(map(float.__mul__, likeness, rarity)) / total,
+            sum(map(float.__mul__, likeness, rareness)) / total,
             likeness[-1],
-            max(rarity),
-            sum(rarity) / len(rarity),
+            max(rareness),
+            sum(rareness) / len(rareness),
             sum(places) / len(places) if places else -1.0,
             float(len(asked)),
             float(len(title)),
-            sum(rare for word, rare in zip(asked, rarity, strict=False) if word in everywhere) / total,
+            sum(rare for word, rare in zip(asked, rareness, strict=False) if word in everywhere) / total,
         ]
 
     def text(self) -> str:
@@ -176,23 +180,6 @@ class EvidenceHead:
         if values["encoder"]:
             values["encoder"] = str(Path(folder, values["encoder"]))
         return cls(**values)
-
-
-@lru_cache(maxsize=1)
-def _encoder(folder: str) -> Any:
-    from embeddings.encoder import load_encoder
-
-    return load_encoder(folder)[0]
-
-
-def _cosines(folder: str, queries: Sequence[str], products: Sequence[ProductFields]) -> NDArray[np.float64]:
-    """Cosine of each query with the product's title and brand, [N]."""
-    from embeddings.encoder import encode
-
-    model = _encoder(folder)
-    texts = [product_text(product.title, product.brand, None, None, TextRecipe()) for product in products]
-    query_ND, product_ND = encode(model, queries, "query"), encode(model, texts, "document")
-    return np.asarray((query_ND * product_ND).sum(axis=1), dtype=np.float64)
 
 
 def fit_evidence_head(

@@ -13,6 +13,8 @@ import unicodedata
 from importlib import resources
 from typing import Annotated, Literal, NamedTuple
 
+import pyarrow as pa
+
 from conf.load import ConfigError, fingerprint, meaning, read_yaml, read_yaml_file, settings, validate
 from embeddings.text import TextRecipe, product_text
 
@@ -100,6 +102,14 @@ class ProductFields(NamedTuple):
     category: str | None = None
     description: str | None = None
     attributes: str | None = None
+
+
+def products_of(rows: pa.Table) -> list[ProductFields]:
+    """The products of rows that have a column title and any of the other texts."""
+    columns = [
+        rows[name].to_pylist() if name in rows.column_names else [None] * len(rows) for name in ProductFields._fields
+    ]
+    return [ProductFields(*values) for values in zip(*columns, strict=True)]
 
 
 def load_guideline(version: str) -> Guideline:

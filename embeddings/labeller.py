@@ -36,6 +36,7 @@ from embeddings.guideline import (
     labeller_product_text,
     load_guideline,
     neutralise,
+    products_of,
     prompt_fingerprint,
     prompt_segments,
     render_markdown,
@@ -235,11 +236,7 @@ class PairEncoder:
 
     def encode_rows(self, rows: pa.Table) -> list[list[int]]:
         """Token ids of rows with columns query and title and any other text column of a product."""
-        columns = [
-            rows[name].to_pylist() if name in rows.column_names else [None] * len(rows)
-            for name in ProductFields._fields
-        ]
-        return self.encode(rows["query"].to_pylist(), [ProductFields(*values) for values in zip(*columns, strict=True)])
+        return self.encode(rows["query"].to_pylist(), products_of(rows))
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from embeddings.batches import stable_seed
 from embeddings.recipes import LexicalRecipe
-from embeddings.text import words
+from embeddings.text import rarity, words
 
 MAX_QUERY_WORDS = 5
 HEAD_WORDS = 14
@@ -68,13 +68,10 @@ class WordWeights:
     def __init__(self, texts: Sequence[str]) -> None:
         counts = Counter(word for text in texts for word in word_set(text))
         self._num_texts = len(texts)
-        self._weights = {word: self._of_count(count) for word, count in counts.items()}
+        self._weights = {word: rarity(len(texts), count) for word, count in counts.items()}
 
     def __getitem__(self, word: str) -> float:
-        return self._weights.get(word, self._of_count(0))
-
-    def _of_count(self, count: int) -> float:
-        return max(0.0, math.log((self._num_texts + 1) / (count + 0.5)))
+        return self._weights.get(word, rarity(self._num_texts, 0))
 
     def coverage(self, queries: Sequence[str], texts: Sequence[str]) -> NDArray[np.float32]:
         """Weighted share of each query's words that each text holds, in [0, 1], [Q, U]; 0 for a query without words."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 import unicodedata
@@ -67,6 +68,11 @@ def product_text(
 def words(text: str) -> list[str]:
     """Runs of letters and digits, in lower case, in their order."""
     return _WORD.findall(text.lower())
+
+
+def rarity(num_texts: int, num_holding: int) -> float:
+    """Weight of a word that so many of the texts hold: log((N + 1) / (n + 1/2)), at least 0."""
+    return max(0.0, math.log((num_texts + 1) / (num_holding + 0.5)))
 
 
 def normalise_query(text: str) -> str:

@@ -197,34 +197,6 @@ def grade_pairs(
     return found
 
 
-def ask_stronger(
-    current: Run,
-    keys: pa.Table,
-    texts: labelling.PairTexts,
-    folders: tuple[str, str],
-    recipe: GradingRecipe,
-    placement: LabelPlacement,
-) -> Graded:
-    """Puts the pairs on which a labeller abstains before a stronger one, whose rows then supersede the first's.
-
-    Asking pays where a grade's expected squared error times what such an error costs is more than the answer costs.
-    Which pairs those are is read from the ledger, so that a run that goes on after a death finds the same.
-
-    Args:
-        current: the run.
-        keys: of `texts.keys`, `addressed` under the first labeller.
-        texts: that they refer to.
-        folders: of the first labeller and of the stronger one.
-        recipe: when a grade is an abstention, and what is refused.
-        placement: engine and portions.
-    """
-    held = ledger.rows_at(current.lake, keys["address"], ["grade", *PROBABILITIES])
-    is_doubtful = expected_squared_error(probabilities_of(held), held["grade"].to_numpy()) > recipe.abstain_risk
-    doubtful = keys.take(held["row"].filter(pa.array(is_doubtful, pa.bool_()))).drop_columns(["address"])
-    doubtful = addressed(doubtful, load_labeller_card(folders[1]))
-    return grade_pairs(current, doubtful, texts, folders[1], recipe, placement)
-
-
 def grade_with_stronger(
     current: Run,
     keys: pa.Table,
@@ -233,7 +205,18 @@ def grade_with_stronger(
     recipe: GradingRecipe,
     placement: LabelPlacement,
 ) -> tuple[Graded, int, dict[str, int]]:
-    """`grade_pairs`, and `ask_stronger` where the second folder is named.
+    """Grades pairs, and puts those on which the labeller abstains before a stronger one, whose rows supersede its own.
+
+    Asking pays where a grade's expected squared error times what such an error costs is more than the answer costs.
+    Which pairs those are is read from the ledger, so that a run that goes on after a death finds the same.
+
+    Args:
+        current: the run.
+        keys: of `texts.keys`, `addressed` under the first labeller.
+        texts: that they refer to.
+        folders: of the first labeller and of the stronger one, empty for none.
+        recipe: when a grade is an abstention, and what is refused.
+        placement: engine and portions.
 
     Returns:
         What the first labeller did, rows written by both, and the counts of both.
@@ -241,7 +224,11 @@ def grade_with_stronger(
     found = grade_pairs(current, keys, texts, folders[0], recipe, placement)
     if not folders[1]:
         return found, found.labelled, found.counts()
-    second = ask_stronger(current, keys, texts, folders, recipe, placement)
+    held = ledger.rows_at(current.lake, keys["address"], ["grade", *PROBABILITIES])
+    is_doubtful = expected_squared_error(probabilities_of(held), held["grade"].to_numpy()) > recipe.abstain_risk
+    doubtful = keys.take(held["row"].filter(pa.array(is_doubtful, pa.bool_()))).drop_columns(["address"])
+    doubtful = addressed(doubtful, load_labeller_card(folders[1]))
+    second = grade_pairs(current, doubtful, texts, folders[1], recipe, placement)
     counts = found.counts() | {f"stronger/{name}": value for name, value in second.counts().items()}
     return found, found.labelled + second.labelled, counts
 

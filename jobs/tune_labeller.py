@@ -22,7 +22,7 @@ from embeddings.anchors import choose_anchors
 from embeddings.calibration import calibrate, fit_calibrations, grades_of, query_weights
 from embeddings.evidence import EvidenceHead, fit_evidence_head
 from embeddings.few_shot import choose_examples, with_examples
-from embeddings.guideline import ProductFields, labeller_product_text, load_guideline
+from embeddings.guideline import labeller_product_text, load_guideline, products_of
 from embeddings.labeller import LabellerCard, LabellerRecipe, save_labeller
 from embeddings.labeller_metrics import labeller_metrics
 from embeddings.metrics import labeller_agreement
@@ -77,10 +77,8 @@ def run(config: Config) -> RunRecord:
     counts |= {f"{split}_pairs": pc.sum(pc.equal(human["split"], split)).as_py() or 0 for split in ("train", "test")}
     log.info("tune_labeller: %s", counts)
     tuned = tune_labeller(pairs, recipe, config.placement, storage=storage, name=current.fingerprint)
-    answer_N3, grade_N = tuned.probability_N3.astype(np.float64), human["grade"].to_numpy()
-    encoder = evidence_encoder(recipe, os.path.join(storage, f"{current.fingerprint}-encoder"))
-    head = evidence_head(pairs, answer_N3, recipe, encoder) if recipe.evidence != "none" else None
-    probability_N3 = with_evidence(head, pairs, answer_N3)[: len(human)]
+    head = evidence_head(pairs, tuned.probability_N3, recipe, os.path.join(storage, f"{current.fingerprint}-encoder"))
+    probability_N3, grade_N = with_evidence(head, human, tuned.probability_N3[: len(human)]), human["grade"].to_numpy()
     datasets, split_N = human["dataset"].to_pylist(), human["split"].to_numpy()
     fitted = np.flatnonzero(split_N == "calibration")
     keys = human.take(fitted)
@@ -117,10 +115,10 @@ def run(config: Config) -> RunRecord:
         fold_N = folds_of(pairs, recipe.folds)
         for fold, name in enumerate(names):
             parted, rows = hold_out(pairs, fold_N == fold)
-            held_N3 = tune_labeller(parted, recipe, config.placement, storage=storage, name=name).probability_N3
+            answer_N3 = tune_labeller(parted, recipe, config.placement, storage=storage, name=name).probability_N3
             own = np.flatnonzero((fold_N == fold)[rows] & (rows < len(human)))
-            answer_N3[rows[own]] = held_N3[own]
-        calibrated_N3 = calibrate(calibrations, datasets, with_evidence(head, human, answer_N3[: len(human)]))
+            probability_N3[rows[own]] = with_evidence(head, parted.take(own), answer_N3[own])
+        calibrated_N3 = calibrate(calibrations, datasets, probability_N3)
         outputs[LABELLER_OOF.name] = write_folds(current, human, fold_N[: len(human)], calibrated_N3, card)
     record = current.finish(rows=counts["train_pairs"], outputs=outputs, counts=counts, metrics=metrics)
     for name in (current.fingerprint, *names):
@@ -140,39 +138,49 @@ def with_few_shot(human: pa.Table, recipe: LabellerRecipe, path: str) -> Labelle
 
 def with_random(current: Run, human: pa.Table, recipe: LabellerRecipe) -> pa.Table:
     """People's pairs, then random ones: of train queries, and of validation queries for the evidence's head."""
-    weak = [random_irrelevant(current, human, recipe, "train", "train")]
-    if recipe.evidence != "none":
-        weak.append(random_irrelevant(current, human, recipe, "validation", FOR_EVIDENCE))
-    return pa.concat_tables([human, *(part.select(human.column_names) for part in weak)])
-
-
-def evidence_encoder(recipe: LabellerRecipe, folder: str) -> str:
-    """Writes the pretrained encoder whose cosine is evidence to a folder and returns that; '' where none is."""
-    if recipe.evidence != "cosine":
-        return ""
-    from embeddings.encoder import EncoderRecipe, build_pretrained, save_encoder
-
-    save_encoder(build_pretrained(EncoderRecipe(model=recipe.baseline_model)), folder, {})
-    return folder
+    weak = random_irrelevant(
+        current, human, recipe, ["train"] if recipe.evidence == "none" else ["train", "validation"]
+    )
+    splits = [FOR_EVIDENCE if split == "validation" else split for split in weak["split"].to_pylist()]
+    weak = weak.set_column(weak.schema.get_field_index("split"), "split", pa.array(splits, pa.string()))
+    return pa.concat_tables([human, weak.select(human.column_names)])
 
 
 def evidence_head(
-    pairs: pa.Table, answer_N3: NDArray[np.floating], recipe: LabellerRecipe, encoder: str
+    pairs: pa.Table, answer_N3: NDArray[np.floating], recipe: LabellerRecipe, folder: str
 ) -> EvidenceHead | None:
-    """The head fitted on people's and random pairs of validation queries; None where those are few."""
+    """The head fitted on people's and random pairs of validation queries; None where those are few, or none is wanted.
+
+    Args:
+        pairs: of `with_random`.
+        answer_N3: of the labeller, uncalibrated.
+        recipe: what the head reads.
+        folder: where the pretrained encoder is written whose cosine it reads, if it does.
+    """
     from ray_apps.tune import target_shares
 
+    if recipe.evidence == "none":
+        return None
     rows = np.flatnonzero(np.isin(pairs["split"].to_numpy(), ("validation", FOR_EVIDENCE)))
     fitted = pairs.take(rows)
     titles = dict(zip(pairs["product_hash"].to_pylist(), pairs["title"].to_pylist(), strict=True))
     weight_N = query_weights(fitted["query_id"].to_pylist())
-    shares = target_shares(fitted, recipe)
+    shares, encoder = target_shares(fitted, recipe), ""
+    if recipe.evidence == "cosine":
+        from embeddings.encoder import EncoderRecipe, build_pretrained, save_encoder
+
+        save_encoder(build_pretrained(EncoderRecipe(model=recipe.baseline_model)), folder, {})
+        encoder = folder
     return fit_evidence_head(list(titles.values()), fitted, answer_N3[rows], shares, weight_N, encoder)
 
 
 def with_evidence(head: EvidenceHead | None, pairs: pa.Table, answer_N3: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Answers as the head reads them beside the pairs' words; as they are without one."""
-    return np.asarray(answer_N3, dtype=np.float64) if head is None else head(answer_N3, head.numbers_of(pairs))
+    """Answers as the head reads them beside the pairs' words; as they are without one, or where they are none."""
+    read_N3 = np.array(answer_N3, dtype=np.float64)
+    if head is not None:
+        rows = np.flatnonzero(np.isfinite(read_N3).all(axis=1))
+        read_N3[rows] = head(read_N3[rows], head.numbers_of(pairs.take(rows)))
+    return read_N3
 
 
 def folds_of(pairs: pa.Table, num_folds: int) -> NDArray[np.int32]:
@@ -228,8 +236,7 @@ def baselines(human: pa.Table, recipe: LabellerRecipe) -> dict[str, float]:
     if len(train) > MAX_BASELINE_PAIRS:
         train = np.sort(np.random.default_rng(recipe.seed).choice(train, MAX_BASELINE_PAIRS, replace=False))
     rows = human.take(np.concatenate([train, test]))
-    columns = [rows[name].to_pylist() for name in ProductFields._fields]
-    products = [labeller_product_text(ProductFields(*values), recipe.text) for values in zip(*columns, strict=True)]
+    products = [labeller_product_text(product, recipe.text) for product in products_of(rows)]
     encoder = build_pretrained(EncoderRecipe(model=recipe.baseline_model))
     cosine_N = baseline.pair_cosines(rows["query"].to_pylist(), products, encoder)
     thresholds = baseline.fit_thresholds(cosine_N[: len(train)], grade_N[train])
@@ -246,10 +253,8 @@ def without_leaks(current: Run, pairs: pa.Table) -> pa.Table:
     return pairs.filter(pa.array(kept, pa.bool_()))
 
 
-def random_irrelevant(current: Run, human: pa.Table, recipe: LabellerRecipe, split: str, called: str) -> pa.Table:
-    """Pairs of a split's queries with random products of their data set that no person has marked, as grade 0.
-
-    Their split is then `called` so.
+def random_irrelevant(current: Run, human: pa.Table, recipe: LabellerRecipe, splits: list[str]) -> pa.Table:
+    """Pairs of the splits' queries with random products of their data set that no person has marked, as grade 0.
 
     A product drawn at random is irrelevant but for a small share; what a query draws depends on its key alone. A
     product with the texts of one that people grade above 0 under the query is left out as well.
@@ -259,7 +264,7 @@ def random_irrelevant(current: Run, human: pa.Table, recipe: LabellerRecipe, spl
     catalogue = catalogue.sort_by([("dataset", "ascending"), ("product_id", "ascending")])
     for dataset, product_id in zip(*(catalogue[name].to_pylist() for name in catalogue.column_names), strict=True):
         products.setdefault(dataset, []).append(product_id)
-    people = human.filter(pc.equal(human["split"], split))
+    people = human.filter(pc.is_in(human["split"], value_set=pa.array(splits)))
     judged: dict[tuple[str, str], set[str]] = {
         key: set() for key in zip(people["dataset"].to_pylist(), people["query_id"].to_pylist(), strict=True)
     }
@@ -284,9 +289,7 @@ def random_irrelevant(current: Run, human: pa.Table, recipe: LabellerRecipe, spl
         drawn_pairs = drawn_pairs.append_column(name, pa.array(np.zeros(len(rows)), kind))
     weak, same = labelling.with_texts(current, drawn_pairs), ["query_hash", "product_hash"]
     positive = people.filter(pc.greater(people["grade"], 0)).select(same)
-    weak = weak.join(positive, same, join_type="left anti").sort_by([(name, "ascending") for name in labelling.PAIR])
-    place = weak.schema.get_field_index("split")
-    return weak.set_column(place, "split", pa.array([called] * len(weak), pa.string()))
+    return weak.join(positive, same, join_type="left anti").sort_by([(name, "ascending") for name in labelling.PAIR])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -37,6 +37,7 @@ ENGINE_STAGE = "vLLMEngineStage"
 CPU_HEAD_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Attention heads that vLLM 0.32 computes on a processor (its CPU_ATTN backend). It starts with others as well, and
 dies at the first pair."""
+
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -72,7 +73,7 @@ def label_pairs(
     if total is None:
         raise ValueError("label_pairs: blocks need num_pairs, by which the engine is chosen")
     answers = _vllm_answers if placement.engine_for(total) == "vllm" else _torch_answers
-    head = EvidenceHead.load(folder)
+    head = _head(folder, card.fingerprint)
     for keys, probability_N3 in answers(map(_ordered, blocks), folder, card, placement):
         probability_N3[violations(probability_N3)] = np.nan
         if head is not None:
@@ -102,7 +103,7 @@ def _torch_answers(blocks: Iterable[pa.Table], folder: str, card: LabellerCard, 
     from embeddings.labeller_model import load_labeller, plain_probabilities
 
     model, encoder = load_labeller(folder)
-    head = EvidenceHead.load(folder)
+    head = _head(folder, card.fingerprint)
     for block in blocks:
         for start in range(0, len(block), placement.part_rows):
             part = _with_evidence(block.slice(start, placement.part_rows), head)
@@ -245,9 +246,15 @@ def engine_arguments(card: LabellerCard, placement: LabelPlacement) -> dict[str,
 
 
 @lru_cache(maxsize=1)
-def _readers(folder: str, _fingerprint: str) -> tuple[PairEncoder, EvidenceHead | None]:
+def _encoder(folder: str, _fingerprint: str) -> PairEncoder:
     """Cached by what is in the folder: a worker may outlive the labeller that it first met there."""
-    return load_pair_encoder(folder), EvidenceHead.load(folder)
+    return load_pair_encoder(folder)
+
+
+@lru_cache(maxsize=1)
+def _head(folder: str, _fingerprint: str) -> EvidenceHead | None:
+    """Cached likewise, with the encoder that it may hold."""
+    return EvidenceHead.load(folder)
 
 
 def _with_evidence(pairs: pa.Table, head: EvidenceHead | None) -> pa.Table:
@@ -257,8 +264,8 @@ def _with_evidence(pairs: pa.Table, head: EvidenceHead | None) -> pa.Table:
 
 
 def _encode(batch: pa.Table, folder: str, fingerprint: str) -> pa.Table:
-    encoder, head = _readers(folder, fingerprint)
-    pairs, batch = encoder.encode_rows(batch), _with_evidence(batch, head)
+    pairs = _encoder(folder, fingerprint).encode_rows(batch)
+    batch = _with_evidence(batch, _head(folder, fingerprint))
     batch = batch.append_column("tokens", pa.array([len(pair) for pair in pairs], pa.int32()))
     return batch.select([*KEYS, "tokens"]).append_column("tokenized_prompt", pa.array(pairs, pa.list_(pa.int32())))
 

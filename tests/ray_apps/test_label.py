@@ -1,6 +1,5 @@
 import math
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +7,7 @@ import pytest
 
 from conf.load import ConfigError
 from embeddings.calibration import Calibration
-from embeddings.evidence import EVIDENCE_FILE, EvidenceHead
+from embeddings.evidence import EvidenceHead
 from embeddings.guideline import SHARED_BLOCK_TOKENS, load_guideline
 from embeddings.labeller import LabellerCard, LabellerRecipe, PairEncoder, load_pair_encoder, save_labeller
 from embeddings.labeller_model import build_labeller, save_weights
@@ -65,8 +64,9 @@ def test_the_engine_gives_the_probabilities_of_plain_torch(tmp_path, kind):
     by_torch = pa.concat_tables(label_pairs(pairs, folder, LabelPlacement(engine="torch"))).sort_by("address")
 
     if kind == "classifier":
-        Path(folder, EVIDENCE_FILE).unlink()
-        (plain,) = label_pairs(pairs, folder, LabelPlacement(engine="torch"))
+        (tmp_path / "plain").mkdir()
+        without = labeller_folder(tmp_path / "plain", kind)
+        (plain,) = label_pairs(pairs, without, LabelPlacement(engine="torch"))
         assert np.abs(plain["p2"].to_numpy() - by_torch["p2"].to_numpy()).min() > 0.01
     assert max(map(len, parts)) <= 16
     assert by_engine["address"].to_pylist() == pairs["address"].to_pylist()

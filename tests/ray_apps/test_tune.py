@@ -33,6 +33,13 @@ def graded_pairs():
     return pa.Table.from_pylist(rows, schema=schema)
 
 
+def trainer_of(recipe, pairs):
+    """A trainer on the train pairs, and the encoder of pairs."""
+    encoder, train = PairEncoder(recipe.model, recipe, load_guideline("v1")), pairs.slice(0, 24)
+    model = build_labeller(recipe, encoder, device="cpu")
+    return LabellerTrainer(model, encoder.encode_rows(train), target_shares(train, recipe), recipe), encoder
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_that_goes_on_from_its_checkpoint_ends_like_an_unbroken_one(tmp_path):
     recipe = LabellerRecipe(
@@ -47,10 +54,7 @@ def test_a_run_that_goes_on_from_its_checkpoint_ends_like_an_unbroken_one(tmp_pa
     whole = tune_labeller(pairs, recipe, PLACEMENT, storage=storage, name="whole")
 
     # what a start leaves that was killed after its second step of five, while Train wrote its snapshot
-    encoder = PairEncoder(recipe.model, recipe, load_guideline("v1"))
-    train = pairs.slice(0, 24)
-    model = build_labeller(recipe, encoder, device="cpu")
-    trainer = LabellerTrainer(model, encoder.encode_rows(train), target_shares(train, recipe), recipe)
+    trainer, _ = trainer_of(recipe, pairs)
     trainer.train_step()
     trainer.train_step()
     torch.use_deterministic_algorithms(False)
@@ -79,10 +83,9 @@ def test_tuning_stops_when_patience_ends(tmp_path, monkeypatch, patience, num_ep
         learning_rate=1e-12,
         patience=patience,
     )
-    encoder, pairs = PairEncoder(recipe.model, recipe, load_guideline("v1")), graded_pairs()
-    train, watched = pairs.slice(0, 24), pairs.slice(24, 8)
-    model = build_labeller(recipe, encoder, device="cpu")
-    trainer = LabellerTrainer(model, encoder.encode_rows(train), target_shares(train, recipe), recipe)
+    pairs = graded_pairs()
+    trainer, encoder = trainer_of(recipe, pairs)
+    watched = pairs.slice(24, 8)
     run = _TuneRun(trainer, str(tmp_path), checkpoint_every=1000, is_first=True)
 
     run.train(encoder.encode_rows(watched), watched["grade"].to_numpy())
