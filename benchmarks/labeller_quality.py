@@ -41,6 +41,7 @@ BASE: Final = LabellerRecipe(
     learning_rate=8e-5,
     epochs=1,
     dropout=0.0,
+    evidence="none",
 )
 WITH_ATTRIBUTES: Final = TextRecipe(clauses=("{title}", "by {brand}", "{description}"), max_description_chars=100)
 CHANGES: Final[dict[str, dict[str, Any]]] = {
@@ -52,10 +53,12 @@ CHANGES: Final[dict[str, dict[str, Any]]] = {
     "two passes": {"epochs": 2},
     "three passes": {"epochs": 3},
     "dropout": {"dropout": None},
+    "preferences besides": {"preference_weight": 0.5},
     "most probable grade": {"decision": "most_probable"},
     "without random pairs": {"random_irrelevant_per_query": 0},
-    "without evidence": {"evidence": "none"},
-    "cosine besides": {"evidence": "cosine"},
+    "words beside the answer": {"evidence": "words"},
+    "words and cosine": {"evidence": "cosine"},
+    "as pretrained": {"epochs": 0},
 }
 SHOWN: Final = (
     *("accuracy", "quadratic_weighted_kappa", "macro_f1", "recall_0", "precision_0"),
@@ -111,7 +114,8 @@ def measure(name: str, pairs: pa.Table, recipe: LabellerRecipe, num_pairs: int) 
     train = train.filter(pa.array(first_queries(train["query_hash"].to_pylist(), num_pairs)))
     encoder = PairEncoder(resolve_model(recipe.model), recipe, load_guideline(recipe.guideline))
     model = build_labeller(recipe, encoder, device="cpu")
-    trainer = LabellerTrainer(model, encoder.encode_rows(train), target_shares(train, recipe), recipe)
+    queries = train["query"].to_pylist()
+    trainer = LabellerTrainer(model, encoder.encode_rows(train), target_shares(train, recipe), queries, recipe)
     started = time.monotonic()
     while trainer.step < trainer.num_steps:
         trainer.train_step()
@@ -128,7 +132,7 @@ def measure(name: str, pairs: pa.Table, recipe: LabellerRecipe, num_pairs: int) 
 
 
 def judged(
-    answer_N3: NDArray[np.floating], held: pa.Table, decision: Decision, resamples: int = 1
+    answer_N3: NDArray[np.floating], held: pa.Table, decision: Decision, resamples: int = 20
 ) -> dict[str, MeasuredSlice]:
     """Uncalibrated answers to held pairs, calibrated on those of split calibration, measured on the others."""
     datasets, grade_N = held["dataset"].to_pylist(), held["grade"].to_numpy()

@@ -86,6 +86,14 @@ class LabellerRecipe:
         Literal["ordinal", "cross_entropy"],
         meaning("ordinal: of P(grade >= 1) and P(grade >= 2), which knows that 0 is further from 2 than from 1"),
     ] = "ordinal"
+    preference_weight: Annotated[
+        float,
+        meaning("weight, beside the grades' loss, of that by which of two products of a query is better", ge=0),
+    ] = 0.0
+    preference_wide_share: Annotated[
+        float,
+        meaning("share of that loss on wide preferences, as of grade 2 to 0; the rest on narrow ones", ge=0, le=1),
+    ] = 0.5
     random_irrelevant_per_query: Annotated[
         int, meaning("random products added as grade 0 per train query", "products", ge=0)
     ] = 1

@@ -4,9 +4,11 @@ The target is a pair of shares, of the raters at or above grade 1 and at or abov
 agree; a mean such as 1.33 of three raters is (1, 0.33), which is no clean 1.
 """
 
-# N pairs, 3 grades, 2 boundaries between them
+# N pairs, 3 grades, 2 boundaries between them, P preferences
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -44,3 +46,19 @@ def ordinal_loss(logits_N3: Tensor, share_N2: Tensor) -> Tensor:
     above_N2 = torch.stack([torch.logsumexp(log_N3[:, 1:], dim=1), log_N3[:, 2]], dim=1)
     below_N2 = torch.stack([log_N3[:, 0], torch.logsumexp(log_N3[:, :2], dim=1)], dim=1)
     return -(share_N2 * above_N2 + (1 - share_N2) * below_N2).sum(dim=1)
+
+
+def preference_loss(logits_N3: Tensor, better_P: Tensor, worse_P: Tensor) -> Tensor:
+    """How far the labeller is from putting the better of two products first, [P].
+
+    The logarithm of the Bradley-Terry model on a pair's score, log(P(grade >= 1) + P(2)) - log(P(grade < 2) + P(0)): of
+    the expected grade e that is log(e / (2 - e)).
+
+    Args:
+        logits_N3: of the grades 0, 1 and 2.
+        better_P: rows of the products that people graded higher.
+        worse_P: rows of those they are compared with.
+    """
+    zero_N, one_N, two_N = functional.log_softmax(logits_N3, dim=1).unbind(1)
+    score_N = torch.logaddexp(one_N, two_N + math.log(2)) - torch.logaddexp(one_N, zero_N + math.log(2))
+    return functional.softplus(score_N[worse_P] - score_N[better_P])

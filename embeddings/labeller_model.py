@@ -33,11 +33,9 @@ from embeddings.labeller import (
     load_labeller_card,
     load_pair_encoder,
 )
-from embeddings.labeller_losses import grade_cross_entropy, ordinal_loss, rater_distribution
+from embeddings.labeller_batches import epoch_batches, groups_of, part_of, preferences_of
+from embeddings.labeller_losses import grade_cross_entropy, ordinal_loss, preference_loss, rater_distribution
 from lake.schemas import Grade
-
-BUCKET_BATCHES = 16
-"""Pairs of similar length are drawn together from windows of this many batches, which halves the padding."""
 
 DROPOUT_NAMES = (
     "attention_probs_dropout_prob",
@@ -163,6 +161,7 @@ class LabellerTrainer:
         model: trained in place.
         pairs: token ids of the whole training set, the same on every worker.
         shares: shares of raters at or above grades 1 and 2 of each pair, [N, 2].
+        queries: of each pair, any text that tells queries apart.
         recipe: what to do.
         rank: of this worker.
         world_size: number of workers.
@@ -174,6 +173,7 @@ class LabellerTrainer:
         model: GradeModel,
         pairs: Sequence[Sequence[int]],
         shares: NDArray[np.floating],
+        queries: Sequence[str],
         recipe: LabellerRecipe,
         *,
         rank: int = 0,
@@ -183,7 +183,9 @@ class LabellerTrainer:
         if not pairs:
             raise ValueError("labeller: expected graded pairs of train queries, got none; check query.split")
         self.model, self.pairs, self.recipe, self.rank, self.world_size = model, pairs, recipe, rank, world_size
+        self.lengths = [len(pair) for pair in pairs]
         self.share_N2 = torch.from_numpy(np.asarray(shares, dtype=np.float32))
+        self.group_N = groups_of(queries, recipe)
         self.steps_per_epoch = math.ceil(len(pairs) / recipe.batch_size)
         self.num_steps = math.ceil(self.steps_per_epoch * recipe.epochs)
         self.device = next(model.parameters()).device
@@ -219,13 +221,15 @@ class LabellerTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         everyone = self._batch()
         # a worker left without a pair in the last step takes the first one at weight 0: DDP waits for all
-        rows = everyone[self.rank :: self.world_size]
+        rows = part_of(everyone, self.group_N, self.rank, self.world_size)
         share, rows = (1.0, rows) if rows else (0.0, everyone[:1])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16), _trainable_attention(self.device):
             logits_N3 = self._parallel([self.pairs[row] for row in rows])
         loss = ordinal_loss if self.recipe.loss == "ordinal" else grade_cross_entropy
         loss_N = loss(logits_N3.float(), self.share_N2[rows].to(self.device)) * self.weight_N[rows].to(self.device)
         total = loss_N.sum() * share
+        if self.recipe.preference_weight:
+            total = total + self._preference_loss(logits_N3.float(), everyone, rows) * share
         # DDP takes the mean over workers; this makes it the mean over the step's pairs
         (total * self.world_size / len(everyone)).backward()  # type: ignore[no-untyped-call]
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
@@ -236,6 +240,14 @@ class LabellerTrainer:
         self.optimizer.step()
         self.step += 1
         return total.item()
+
+    def _preference_loss(self, logits_N3: Tensor, everyone: list[int], rows: list[int]) -> Tensor:
+        """Of this worker's rows, on the scale of a sum over the step's pairs."""
+        value_N = self.share_N2.sum(dim=1).numpy()
+        whole = preferences_of(everyone, value_N, self.group_N, self.recipe.preference_wide_share)
+        better_P, worse_P, weight_P = (torch.from_numpy(part).to(self.device) for part in whole.of(rows))
+        loss_P = preference_loss(logits_N3, better_P, worse_P)
+        return self.recipe.preference_weight * len(everyone) * (loss_P * weight_P).sum()
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of the trained parameters on the processor."""
@@ -271,11 +283,17 @@ class LabellerTrainer:
     def _batch(self) -> list[int]:
         epoch, place = divmod(self.step, self.steps_per_epoch)
         if self._epoch[0] != epoch:
-            self._epoch = (epoch, epoch_batches([len(pair) for pair in self.pairs], self.recipe, epoch))
+            self._epoch = (epoch, epoch_batches(self.lengths, self.group_N, self.recipe, epoch))
         return self._epoch[1][place]
 
     def _identity(self) -> str:
-        return fingerprint(self.recipe, len(self.pairs), [sum(pair) for pair in self.pairs], self.share_N2.tolist())
+        return fingerprint(
+            self.recipe,
+            len(self.pairs),
+            [sum(pair) for pair in self.pairs],
+            self.share_N2.tolist(),
+            self.group_N.tolist(),
+        )
 
     def _rate(self, step: int) -> float:
         warmup = self.recipe.warmup_share * self.num_steps
@@ -312,17 +330,6 @@ def pair_weights(share_N2: Tensor, recipe: LabellerRecipe) -> Tensor:
         return torch.ones(len(share_N2))
     given_N3 = rater_distribution(share_N2)
     return given_N3 @ (len(given_N3) / (len(Grade) * given_N3.sum(dim=0).clamp(min=1)))
-
-
-def epoch_batches(lengths: Sequence[int], recipe: LabellerRecipe, epoch: int) -> list[list[int]]:
-    """Rows of every batch of an epoch, over all workers: a function of (seed, epoch) and the lengths alone."""
-    rng, size = np.random.default_rng([recipe.seed, epoch]), recipe.batch_size
-    order, window = rng.permutation(len(lengths)).tolist(), size * BUCKET_BATCHES
-    batches = []
-    for start in range(0, len(order), window):
-        near = sorted(order[start : start + window], key=lambda row: lengths[row])
-        batches += [near[first : first + size] for first in range(0, len(near), size)]
-    return [batches[index] for index in rng.permutation(len(batches))]
 
 
 def _load(source: str, kind: str) -> Any:

@@ -141,6 +141,7 @@ def _train_worker(given: dict[str, Any]) -> None:
         build_labeller(recipe, encoder, device=str(device)),
         [tokens[row] for row in rows],
         target_shares(pairs, recipe)[rows],
+        pairs["query"].take(rows).to_pylist(),
         recipe,
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),

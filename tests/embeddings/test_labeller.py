@@ -31,7 +31,6 @@ from embeddings.labeller_model import (
     GradeModel,
     LabellerTrainer,
     build_labeller,
-    epoch_batches,
     load_labeller,
     plain_probabilities,
     read_first_token_alone,
@@ -65,7 +64,7 @@ def _usual_kernels_afterwards():
 
 
 def trainer_of(recipe, encoder, pairs):
-    return LabellerTrainer(build_labeller(recipe, encoder, device="cpu"), pairs, SHARES, recipe)
+    return LabellerTrainer(build_labeller(recipe, encoder, device="cpu"), pairs, SHARES, QUERIES, recipe)
 
 
 def nll(model, pairs):
@@ -186,23 +185,34 @@ def test_a_step_in_bf16_keeps_bf16_between_layers_and_needs_no_flash_attention(t
     assert not [event.key for event in watched.key_averages() if "flash" in event.key]
 
 
+def test_preferences_put_products_in_peoples_order_and_workers_sum_to_one(tmp_path):
+    recipe, encoder, pairs = build(tmp_path, "classifier", preference_weight=5.0, dropout=0.0, batch_size=24)
+    # one query whose products people graded 2, 1 and 0
+    queries = ["shoe"] * len(pairs)
+    trainers = [
+        LabellerTrainer(
+            build_labeller(recipe, encoder, device="cpu"), pairs, SHARES, named, recipe, rank=rank, world_size=size
+        )
+        for named, rank, size in ((queries, 0, 1), (QUERIES, 0, 1), (QUERIES, 0, 2), (QUERIES, 1, 2))
+    ]
+
+    losses = [trainer.train_step() for trainer in trainers]
+    for _ in range(20):
+        trainers[0].train_step()
+
+    assert losses[2] + losses[3] == pytest.approx(losses[1], abs=1e-3)
+    # all pairs of a query have one grade here, so that nothing is preferred
+    assert losses[0] > losses[1] + 10
+    expected_N = plain_probabilities(trainers[0].model, pairs) @ [0, 1, 2]
+    assert expected_N[2] < expected_N[1] < expected_N[0]
+
+
 def test_a_checkpoint_of_other_pairs_is_refused(tmp_path):
     recipe, encoder, pairs = build(tmp_path, "classifier")
-    other = LabellerTrainer(build_labeller(recipe, encoder, device="cpu"), pairs[:8], SHARES[:8], recipe)
+    other = LabellerTrainer(build_labeller(recipe, encoder, device="cpu"), pairs[:8], SHARES[:8], QUERIES[:8], recipe)
 
     with pytest.raises(ValueError, match="another recipe or other pairs"):
         trainer_of(recipe, encoder, pairs).load_state_dict(other.state_dict())
-
-
-def test_an_epoch_holds_every_pair_once_and_depends_on_seed_and_epoch_alone():
-    recipe = LabellerRecipe(batch_size=7)
-    lengths = [3 + row % 11 for row in range(100)]
-
-    batches = epoch_batches(lengths, recipe, 3)
-
-    assert sorted(row for batch in batches for row in batch) == list(range(100))
-    assert len(batches) == 15
-    assert batches == epoch_batches(lengths, recipe, 3) != epoch_batches(lengths, recipe, 4)
 
 
 def test_adapters_are_merged_into_a_plain_folder(tmp_path):

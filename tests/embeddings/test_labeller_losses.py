@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from embeddings.labeller_losses import grade_cross_entropy, ordinal_loss, rater_distribution
+from embeddings.labeller_losses import grade_cross_entropy, ordinal_loss, preference_loss, rater_distribution
 
 LOGITS = [[0.3, -1.2, 2.0], [1.0, 0.0, -1.0], [30.0, 0.0, -30.0]]
 SHARES = [[1.0, 1 / 3], [0.0, 0.0], [1.0, 1.0]]
@@ -42,3 +42,20 @@ def test_shares_are_a_distribution_over_the_grades():
     torch.testing.assert_close(
         rater_distribution(torch.tensor([[1.0, 0.25], [0.4, 0.0]])), torch.tensor([[0.0, 0.75, 0.25], [0.6, 0.4, 0.0]])
     )
+
+
+def test_preference_loss_is_bradley_terry_on_the_log_odds_of_the_expected_grade():
+    logits = torch.tensor(LOGITS[:2], dtype=torch.float64, requires_grad=True)
+    better, worse = torch.tensor([0, 1]), torch.tensor([1, 0])
+    scores = []
+    for row in LOGITS[:2]:
+        total = sum(math.exp(value) for value in row)
+        expected = (math.exp(row[1]) + 2 * math.exp(row[2])) / total
+        scores.append(math.log(expected / (2 - expected)))
+    gap = scores[0] - scores[1]
+
+    found_P = preference_loss(logits, better, worse)
+
+    wanted_P = torch.tensor([math.log1p(math.exp(-gap)), math.log1p(math.exp(gap))], dtype=torch.float64)
+    torch.testing.assert_close(found_P, wanted_P, rtol=0, atol=1e-9)
+    assert torch.autograd.gradcheck(lambda values: preference_loss(values, better, worse), logits)

@@ -37,7 +37,8 @@ def trainer_of(recipe, pairs):
     """A trainer on the train pairs, and the encoder of pairs."""
     encoder, train = PairEncoder(recipe.model, recipe, load_guideline("v1")), pairs.slice(0, 24)
     model = build_labeller(recipe, encoder, device="cpu")
-    return LabellerTrainer(model, encoder.encode_rows(train), target_shares(train, recipe), recipe), encoder
+    queries = train["query"].to_pylist()
+    return LabellerTrainer(model, encoder.encode_rows(train), target_shares(train, recipe), queries, recipe), encoder
 
 
 @pytest.mark.usefixtures("ray_cluster")
