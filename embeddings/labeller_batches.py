@@ -39,9 +39,10 @@ class Preferences(NamedTuple):
     def of(self, rows: Sequence[int]) -> Preferences:
         """Those between rows of a worker's part, as places in it."""
         place = {row: number for number, row in enumerate(rows)}
-        kept = np.array([row in place for row in self.better_P.tolist()], dtype=np.bool_)
-        better, worse = (np.array([place[row] for row in side[kept].tolist()], dtype=np.int64) for side in self[:2])
-        return Preferences(better, worse, self.weight_P[kept])
+        place_P2 = np.array([[place.get(row, -1) for row in side.tolist()] for side in self[:2]], dtype=np.int64).T
+        is_here_P = (place_P2 >= 0).all(axis=1)
+        better, worse = place_P2[is_here_P].T
+        return Preferences(better, worse, self.weight_P[is_here_P])
 
 
 def groups_of(queries: Sequence[str], recipe: LabellerRecipe) -> NDArray[np.int64]:

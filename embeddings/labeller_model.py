@@ -19,6 +19,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -52,6 +60,9 @@ DROPOUT_NAMES = (
 
 FIRST_TOKEN_FAMILY = ("bert", "roberta", "xlm-roberta", "electra")
 """Model types whose sequence classifiers read the first token, and call their parts alike."""
+
+_ALL_OF_IT: dict[str, Any] = {"full_state_dict": True, "cpu_offload": True}
+"""States as of one worker, on the processor and named by parameter, so that any number of workers goes on from them."""
 
 MAX_BATCH_TOKENS = 4096
 """Tokens of a batch when only probabilities are wanted, padding included."""
@@ -165,7 +176,8 @@ class LabellerTrainer:
         recipe: what to do.
         rank: of this worker.
         world_size: number of workers.
-        wrap: puts the module into DistributedDataParallel; the module as it is for a single worker.
+        wrap: puts the module into DistributedDataParallel, or spreads its weights over the workers (FSDP2); the module
+            as it is for a single worker. Where weights are spread, all workers have to call each method together.
     """
 
     def __init__(
@@ -188,6 +200,7 @@ class LabellerTrainer:
         self.group_N = groups_of(queries, recipe)
         self.steps_per_epoch = math.ceil(len(pairs) / recipe.batch_size)
         self.num_steps = math.ceil(self.steps_per_epoch * recipe.epochs)
+        self._parallel = wrap(model)
         self.device = next(model.parameters()).device
         self.bf16 = recipe.precision == "bf16" or (
             recipe.precision == "auto" and not recipe.deterministic and has_fast_bf16(self.device.type)
@@ -197,7 +210,6 @@ class LabellerTrainer:
         self.weight_N = pair_weights(self.share_N2, recipe)
         if self.bf16:
             keep_bf16_between_layers(model)
-        self._parallel = wrap(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
@@ -232,7 +244,7 @@ class LabellerTrainer:
             total = total + self._preference_loss(logits_N3.float(), everyone, rows) * share
         # DDP takes the mean over workers; this makes it the mean over the step's pairs
         (total * self.world_size / len(everyone)).backward()  # type: ignore[no-untyped-call]
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
+        norm = float(_whole(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)))
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"step {self.step}: the gradient is {norm}; lower learning_rate or use precision=fp32"
@@ -249,13 +261,21 @@ class LabellerTrainer:
         loss_P = preference_loss(logits_N3, better_P, worse_P)
         return self.recipe.preference_weight * len(everyone) * (loss_P * weight_P).sum()
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each worker holds a part of the weights."""
+        return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+
     def weights(self) -> dict[str, Tensor]:
-        """Copies of the trained parameters on the processor."""
-        return {name: p.detach().cpu().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+        """Copies of the trained parameters on the processor; of spread ones on the first worker alone."""
+        options = StateDictOptions(ignore_frozen_params=True, **_ALL_OF_IT)
+        found: dict[str, Any] = get_model_state_dict(self.model, options=options)
+        return {name: weight.clone() for name, weight in found.items()}
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Puts parameters back that `weights` gave."""
-        self.model.load_state_dict(weights, strict=False)
+        options = StateDictOptions(broadcast_from_rank0=self.is_sharded, strict=False, **_ALL_OF_IT)
+        set_model_state_dict(self.model, dict(weights), options=options)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a trainer of the same recipe and data needs to go on."""
@@ -263,7 +283,7 @@ class LabellerTrainer:
             "identity": self._identity(),
             "step": self.step,
             "weights": self.weights(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=StateDictOptions(**_ALL_OF_IT)),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -277,7 +297,8 @@ class LabellerTrainer:
                 "labeller: the checkpoint is of another recipe or other pairs; start the run under another name"
             )
         self.set_weights(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        options = StateDictOptions(broadcast_from_rank0=self.is_sharded, **_ALL_OF_IT)
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
         self.step = state["step"]
 
     def _batch(self) -> list[int]:
@@ -299,6 +320,10 @@ class LabellerTrainer:
         warmup = self.recipe.warmup_share * self.num_steps
         rising, falling = (step + 1) / max(warmup, 1), (self.num_steps - step) / max(self.num_steps - warmup, 1)
         return max(0.0, min(1.0, rising, falling))
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def keep_bf16_between_layers(model: nn.Module) -> None:

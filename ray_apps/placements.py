@@ -15,6 +15,10 @@ class TunePlacement:
     ray: RayPlacement = RayPlacement()
     num_workers: Annotated[int, meaning("training workers", ge=1)] = 1
     use_gpu: Annotated[bool, meaning("a graphics card per worker")] = False
+    sharding: Annotated[
+        Literal["none", "fsdp"],
+        meaning("fsdp: weights, gradients and optimiser states in parts on the workers, for a model too large for one"),
+    ] = "none"
     threads_per_worker: Annotated[int, meaning("CPUs and torch threads of a worker", "CPUs", ge=1)] = 2
     checkpoint_every_steps: Annotated[int, meaning("steps between two checkpoints", "steps", ge=1)] = 100
     max_failures: Annotated[int, meaning("worker deaths after which the run gives up", ge=0)] = 2

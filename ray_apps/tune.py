@@ -37,6 +37,7 @@ from lake.progress import write_progress
 from ray_apps.checkpoints import SNAPSHOT_FILE, fit, is_resumable, prepare_determinism, set_ray_train_defaults
 from ray_apps.cluster import check_resources, connect
 from ray_apps.placements import TunePlacement
+from ray_apps.sharding import shard
 
 log = logging.getLogger(__name__)
 
@@ -137,15 +138,20 @@ def _train_worker(given: dict[str, Any]) -> None:
     encoder = PairEncoder(resolve_model(recipe.model), recipe, load_guideline(recipe.guideline))
     tokens, split_N, grade_N = encoder.encode_rows(pairs), pairs["split"].to_numpy(), pairs["grade"].to_numpy()
     rows = np.flatnonzero(split_N == "train")
+    num_workers = context.get_world_size()
+    is_sharded = placement.sharding == "fsdp" and num_workers > 1
     trainer = LabellerTrainer(
-        build_labeller(recipe, encoder, device=str(device)),
+        # of a model to be spread no card needs to hold all
+        build_labeller(recipe, encoder, device="cpu" if is_sharded else str(device)),
         [tokens[row] for row in rows],
         target_shares(pairs, recipe)[rows],
         pairs["query"].take(rows).to_pylist(),
         recipe,
         rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        wrap=lambda module: prepare_model(module) if context.get_world_size() > 1 else module,
+        world_size=num_workers,
+        wrap=lambda module: (
+            shard(module, device.type) if is_sharded else prepare_model(module) if num_workers > 1 else module
+        ),
     )
     run = _TuneRun(
         trainer, given["run_folder"], placement.checkpoint_every_steps, is_first=context.get_world_rank() == 0
@@ -203,13 +209,20 @@ class _TuneRun:
 
     def finish(self, encoder: PairEncoder, tokens: list[list[int]], wanted_N: NDArray[np.bool_]) -> None:
         """Last checkpoint: the kept epoch as a Hugging Face folder, and its probabilities of the wanted pairs."""
+        trainer, rows = self.trainer, np.flatnonzero(wanted_N)
+        if self.best["epoch"]:
+            trainer.set_weights(self.best["weights"])
+        probability_N3 = np.full((len(tokens), 3), np.nan, dtype=np.float32)
+        model = trainer.model
+        if self.is_first or trainer.is_sharded:
+            probability_N3[rows] = plain_probabilities(model, [tokens[row] for row in rows])
+        if trainer.is_sharded:
+            weights = trainer.weights()
+            if self.is_first:
+                model = build_labeller(trainer.recipe, encoder, device="cpu")
+                model.load_state_dict(weights, strict=False)
 
         def write(folder: Path) -> None:
-            if self.best["weights"] is not None:
-                self.trainer.set_weights(self.best["weights"])
-            probability_N3 = np.full((len(tokens), 3), np.nan, dtype=np.float32)
-            rows = np.flatnonzero(wanted_N)
-            probability_N3[rows] = plain_probabilities(self.trainer.model, [tokens[row] for row in rows])
             np.savez(
                 folder / PROBABILITY_FILE,
                 probability=probability_N3,
@@ -217,7 +230,7 @@ class _TuneRun:
                 best_epoch=self.best["epoch"],
                 pairs_per_sec=self.pairs_per_sec,
             )
-            save_weights(self.trainer.model, encoder, folder / WEIGHTS_FOLDER)
+            save_weights(model, encoder, folder / WEIGHTS_FOLDER)
 
         self._report(write)
 
@@ -229,7 +242,8 @@ class _TuneRun:
     def _validate(self, validation: list[list[int]], grade_N: NDArray[np.int8]) -> None:
         trainer = self.trainer
         epoch = math.ceil(trainer.step / trainer.steps_per_epoch)
-        if not self.is_first:
+        # a worker that holds a part of the weights is needed for every pass
+        if not self.is_first and not trainer.is_sharded:
             return
         kappa = self.best["kappa"]
         if validation:
@@ -249,12 +263,13 @@ class _TuneRun:
     def _report(self, write_more: Any) -> None:
         """A checkpoint of rank 0; all workers meet here."""
         metrics = {"step": self.trainer.step}
+        state = self.trainer.state_dict() if self.is_first or self.trainer.is_sharded else {}
         if not self.is_first:
             train.report(metrics, checkpoint=None)
             return
         scratch = Path(tempfile.mkdtemp(prefix="assay-tune-"))
         try:
-            torch.save({"trainer": self.trainer.state_dict(), "best": self.best}, scratch / STATE_FILE)
+            torch.save({"trainer": state, "best": self.best}, scratch / STATE_FILE)
             write_more(scratch)
             train.report(metrics, checkpoint=Checkpoint.from_directory(os.fspath(scratch)))
         finally:

@@ -207,6 +207,20 @@ def test_preferences_put_products_in_peoples_order_and_workers_sum_to_one(tmp_pa
     assert expected_N[2] < expected_N[1] < expected_N[0]
 
 
+@pytest.mark.parametrize("kind", ["classifier", "generative"])
+def test_weights_are_copies_that_can_be_put_back(tmp_path, kind):
+    recipe, encoder, pairs = build(tmp_path, kind)
+    trainer = trainer_of(recipe, encoder, pairs)
+    kept, before = trainer.weights(), plain_probabilities(trainer.model, pairs)
+
+    trainer.train_step()
+    after = plain_probabilities(trainer.model, pairs)
+    trainer.set_weights(kept)
+
+    assert np.abs(after - before).max() > 1e-4
+    np.testing.assert_array_equal(plain_probabilities(trainer.model, pairs), before)
+
+
 def test_a_checkpoint_of_other_pairs_is_refused(tmp_path):
     recipe, encoder, pairs = build(tmp_path, "classifier")
     other = LabellerTrainer(build_labeller(recipe, encoder, device="cpu"), pairs[:8], SHARES[:8], QUERIES[:8], recipe)

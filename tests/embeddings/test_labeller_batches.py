@@ -76,4 +76,5 @@ def test_one_kind_of_preference_has_all_the_weight_and_a_worker_those_of_its_row
 
     assert found.weight_P.tolist() == [0.5, 0.5]
     assert (own.better_P.tolist(), own.worse_P.tolist(), own.weight_P.tolist()) == ([2], [1], [0.5])
+    assert len(found.of([0]).weight_P) == 0
     assert len(preferences_of([4, 5], values, groups, 0.5).weight_P) == 0

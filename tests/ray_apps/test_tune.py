@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -5,10 +6,11 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from embeddings.guideline import load_guideline
 from embeddings.labeller import LabellerRecipe, PairEncoder
-from embeddings.labeller_model import LabellerTrainer, build_labeller
+from embeddings.labeller_model import GradeModel, LabellerTrainer, build_labeller, plain_probabilities
 from ray_apps.checkpoints import SNAPSHOT_FILE
 from ray_apps.cluster import RayPlacement
 from ray_apps.placements import TunePlacement
@@ -27,7 +29,9 @@ def graded_pairs():
             grade = row % 3
             title = ("knife", "blue shoe", "red shoe")[grade]
             row_shares = {"at_least_1": float(grade >= 1), "at_least_2": float(grade >= 2)}
-            rows.append({"split": split, "query": "red shoe", "title": title, "grade": grade} | row_shares)
+            rows.append(
+                {"split": split, "query": ("red shoe", "shoe")[row % 2], "title": title, "grade": grade} | row_shares
+            )
     texts = [(name, pa.string()) for name in ("split", "query", "title")]
     schema = pa.schema([*texts, ("grade", pa.int8()), ("at_least_1", pa.float64()), ("at_least_2", pa.float64())])
     return pa.Table.from_pylist(rows, schema=schema)
@@ -70,6 +74,40 @@ def test_a_run_that_goes_on_from_its_checkpoint_ends_like_an_unbroken_one(tmp_pa
     assert resumed.best_epoch == whole.best_epoch
     assert np.isnan(whole.probability_N3[:24]).all()
     np.testing.assert_allclose(whole.probability_N3[24:].sum(axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_run_goes_on_with_its_weights_spread_over_two_workers(tmp_path, tuning):
+    recipe = LabellerRecipe(
+        model=str(tiny_bert_folder(tmp_path / "model")),
+        max_tokens=32,
+        batch_size=8,
+        epochs=1.5,
+        learning_rate=3e-3,
+        dropout=0.0,
+        tuning=tuning,
+        keep_epoch="last",
+        precision="fp32",
+        preference_weight=0.5,
+    )
+    pairs = graded_pairs()
+    alone, encoder = trainer_of(recipe, pairs)
+    alone.train_step()
+    left = tmp_path / "runs" / "cut" / "checkpoint_1"
+    left.mkdir(parents=True)
+    best = {"epoch": 0, "kappa": -2.0, "weights": None}
+    torch.save({"trainer": alone.state_dict(), "best": best}, left / STATE_FILE)
+    while alone.step < alone.num_steps:
+        alone.train_step()
+    expected = plain_probabilities(alone.model, encoder.encode_rows(pairs.slice(24)))
+
+    spread = dataclasses.replace(PLACEMENT, num_workers=2, sharding="fsdp")
+    tuned = tune_labeller(pairs, recipe, spread, storage=str(tmp_path / "runs"), name="cut")
+
+    np.testing.assert_allclose(tuned.probability_N3[24:], expected, atol=1e-4)
+    saved = GradeModel(AutoModelForSequenceClassification.from_pretrained(tuned.weights), encoder)
+    np.testing.assert_allclose(plain_probabilities(saved, encoder.encode_rows(pairs.slice(24))), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(("patience", "num_epochs"), [(1, 2), (3, 4), (None, 6)])
