@@ -141,7 +141,9 @@ def with_random(current: Run, human: pa.Table, recipe: LabellerRecipe) -> pa.Tab
     weak = random_irrelevant(
         current, human, recipe, ["train"] if recipe.evidence == "none" else ["train", "validation"]
     )
-    splits = [FOR_EVIDENCE if split == "validation" else split for split in weak["split"].to_pylist()]
+    split_of = dict(zip(human["query_hash"].to_pylist(), human["split"].to_pylist(), strict=True))
+    splits = [split_of[query] for query in weak["query_hash"].to_pylist()]
+    splits = [FOR_EVIDENCE if split == "validation" else split for split in splits]
     weak = weak.set_column(weak.schema.get_field_index("split"), "split", pa.array(splits, pa.string()))
     return pa.concat_tables([human, weak.select(human.column_names)])
 

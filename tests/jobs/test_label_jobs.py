@@ -21,8 +21,10 @@ from jobs import (
     correct_class_rates,
     evaluate_labeller,
     explain,
+    job,
     label_file,
     label_pairs,
+    labelling,
     record_human_grades,
     tune_labeller,
     vote_grades,
@@ -30,6 +32,7 @@ from jobs import (
 from jobs.job import GateError
 from lake import tables
 from lake.schemas import (
+    ANNOTATION_CONSENSUS,
     AUDIT_VERDICT,
     CANDIDATE_PAIR,
     CATALOG_PRODUCT,
@@ -251,6 +254,25 @@ def test_the_labeller_is_tuned_measured_and_kept(shop, tmp_path, monkeypatch):
     assert {fold for query, fold in folds.items() if SHOP_SPLITS[int(query[1:]) % 6] != "train"} == {-1}
     assert all(row["p0"] + row["p1"] + row["p2"] == pytest.approx(1) for row in rows)
     assert not [path for path in Path(shop.path("runs")).iterdir() if "fold" in path.name or "encoder" in path.name]
+
+
+def test_random_pairs_follow_the_splits_of_the_pairs_that_they_are_drawn_for(shop):
+    config = tune_labeller.Config(lake=shop.root)
+    current = job.begin(config, "tune_labeller")
+    consensus = labelling.read(current, ANNOTATION_CONSENSUS, [*labelling.PAIR, *labelling.GRADED])
+    human = labelling.with_texts(current, consensus)
+    # as a benchmark does, another part of the queries stands for validation than in the lake
+    turned = {"calibration": "validation", "validation": "test", "test": "calibration", "train": "train"}
+    splits = pa.array([turned[split] for split in human["split"].to_pylist()])
+    human = human.set_column(human.schema.get_field_index("split"), "split", splits)
+
+    pairs = tune_labeller.with_random(current, human, config.recipe)
+
+    drawn = pairs.slice(len(human))
+    assert set(drawn["split"].to_pylist()) == {"train", tune_labeller.FOR_EVIDENCE}
+    split_of = dict(zip(human["query_id"].to_pylist(), human["split"].to_pylist(), strict=True))
+    for query, split in zip(drawn["query_id"].to_pylist(), drawn["split"].to_pylist(), strict=True):
+        assert split_of[query] == {"train": "train", tune_labeller.FOR_EVIDENCE: "validation"}[split]
 
 
 def test_a_fold_s_labeller_sees_none_of_its_queries():
