@@ -37,7 +37,7 @@ WHOLE: Final = ""
 class JudgeRecipe:
     """How judges are compared."""
 
-    resamples: Annotated[int, meaning("resamples of the queries behind each interval", ge=1)] = 300
+    resamples: Annotated[int, meaning("resamples of the queries behind each interval", ge=20)] = 300
     min_slice_pairs: Annotated[int, meaning("smaller slices are not shown", "pairs", ge=1)] = 1000
     seed: Annotated[int, meaning("seed of the bootstrap and of the calibration floor", ge=0)] = 0
 

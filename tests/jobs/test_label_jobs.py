@@ -333,7 +333,7 @@ def test_a_file_keeps_its_columns_and_gets_grades_and_reasons(lake, labeller, tm
 def test_judges_are_measured_side_by_side_on_test_queries(shop, labeller, tmp_path):
     encoder = str(tiny_bert_folder(tmp_path / "encoder"))
     inputs = evaluate_labeller.Inputs(labellers=(labeller,), encoders=(encoder,))
-    recipe = evaluate_labeller.EvaluateRecipe(judges=JudgeRecipe(resamples=5, min_slice_pairs=4), injection_pairs=6)
+    recipe = evaluate_labeller.EvaluateRecipe(judges=JudgeRecipe(resamples=20, min_slice_pairs=4), injection_pairs=6)
     config = evaluate_labeller.Config(
         lake=shop.root, inputs=inputs, recipe=recipe, placement=evaluate_labeller.Placement(label=TORCH)
     )
