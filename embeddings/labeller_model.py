@@ -253,14 +253,6 @@ class LabellerTrainer:
         self.step += 1
         return total.item()
 
-    def _preference_loss(self, logits_N3: Tensor, everyone: list[int], rows: list[int]) -> Tensor:
-        """Of this worker's rows, on the scale of a sum over the step's pairs."""
-        value_N = self.share_N2.sum(dim=1).numpy()
-        whole = preferences_of(everyone, value_N, self.group_N, self.recipe.preference_wide_share)
-        better_P, worse_P, weight_P = (torch.from_numpy(part).to(self.device) for part in whole.of(rows))
-        loss_P = preference_loss(logits_N3, better_P, worse_P)
-        return self.recipe.preference_weight * len(everyone) * (loss_P * weight_P).sum()
-
     @property
     def is_sharded(self) -> bool:
         """Whether each worker holds a part of the weights."""
@@ -300,6 +292,14 @@ class LabellerTrainer:
         options = StateDictOptions(broadcast_from_rank0=self.is_sharded, **_ALL_OF_IT)
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
         self.step = state["step"]
+
+    def _preference_loss(self, logits_N3: Tensor, everyone: list[int], rows: list[int]) -> Tensor:
+        """Of this worker's rows, on the scale of a sum over the step's pairs."""
+        value_N = self.share_N2.sum(dim=1).numpy()
+        whole = preferences_of(everyone, value_N, self.group_N, self.recipe.preference_wide_share)
+        better_P, worse_P, weight_P = (torch.from_numpy(part).to(self.device) for part in whole.of(rows))
+        loss_P = preference_loss(logits_N3, better_P, worse_P)
+        return self.recipe.preference_weight * len(everyone) * (loss_P * weight_P).sum()
 
     def _batch(self) -> list[int]:
         epoch, place = divmod(self.step, self.steps_per_epoch)
