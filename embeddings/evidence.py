@@ -1,12 +1,13 @@
 """Evidence: what the words of a pair, and an encoder, say beside a labeller's answer, and the head that reads all.
 
 A fine-tuned model sees meaning, but neither how rare a word of the query is in the shop nor that a misspelt word stands
-a letter away from one of the title; both move people's grades. Nine numbers of a pair say it. And tuning on few grades
-of 0 forgets some of what a pretrained encoder's cosine knows of unrelated products: where it is asked for, that is the
-tenth. A head reads them with the labeller's answer and gives a better one: two logistic regressions, of P(grade >= 1)
-and of P(grade 2 given grade >= 1), on hinges of the numbers. It is fitted on validation queries, which no labeller
-learned from, so that it knows how far the answer is to be trusted, as in stacking. The words cost a processor 0.05 ms
-per pair, whatever the labeller's size; the cosine costs what the encoder does.
+a letter away from one of the title; both tell an exact product from a partial one. Nine numbers of a pair say it. A
+logistic regression of P(grade 2 given grade >= 1) on hinges of them and of the answer makes a better one of it. Of what
+is irrelevant words tell a tuned model nothing new, but tuning on few grades of 0 forgets some of what a pretrained
+encoder's cosine knows of unrelated products: where it is asked for, it is a tenth number, and a second regression reads
+it for P(grade >= 1), which else stays the answer's. Both are fitted on validation queries, which no labeller learned
+from, so that they know how far the answer is to be trusted, as in stacking. Words cost a processor 0.05 ms per pair,
+whatever the labeller's size; the cosine costs what the encoder does.
 
 Cites: Wolpert 1992, Stacked generalization; of numbers like these in product search, the winners' notes of the Home
 Depot search relevance competition.
@@ -47,10 +48,11 @@ EVIDENCE: Final = (
 )
 """Meaning of each number; likeness is the share of common letter triples, rarity log((N + 1) / (n + 1/2)) of n of N."""
 PAIRS_FOR_HEAD: Final = 1000
-"""Pairs that a head is fitted on at least, no query counting as more than ten; it has about 90 weights."""
+"""Pairs that a head is fitted on at least, no query counting as more than ten; it has about 45 weights."""
 _MAX_WORDS: Final = 400
 """Of a text that are read: a description of megabytes says no more."""
-_RIDGE: Final = 30.0
+_RIDGE: Final = 10.0
+_RIDGE_OF_RELEVANCE: Final = 1.0
 _LIMIT: Final = 3.0
 """Deviations past which a number counts as this: what a tuning set hardly holds is not extrapolated."""
 _SMALLEST: Final = 1e-6
@@ -85,7 +87,9 @@ class EvidenceHead:
         counts: of these, how many hold a word; one that is missing here is in none or one.
         centre: subtracted from the numbers, [F].
         scale: they are divided by it then, [F].
-        weights: of P(grade >= 1) and of P(grade 2 given grade >= 1), the constant last, [2, H + 1].
+        exact: weights of P(grade 2 given grade >= 1), the constant last, [H + 1].
+        relevant: weights of P(grade >= 1) for the answer's two logits and the cosine, the constant last, [4]; empty
+            without an encoder: that probability stays the answer's.
         encoder: sentence-transformers folder whose cosine is a number too; empty for none.
     """
 
@@ -95,11 +99,13 @@ class EvidenceHead:
         counts: Mapping[str, int],
         centre: Sequence[float],
         scale: Sequence[float],
-        weights: Sequence[Sequence[float]],
+        exact: Sequence[float],
+        relevant: Sequence[float] = (),
         encoder: str = "",
     ) -> None:
         self.num_texts, self.counts = num_texts, dict(counts)
-        self.centre_F, self.scale_F, self.weight_2H = np.array(centre), np.array(scale), np.array(weights)
+        self.centre_F, self.scale_F = np.array(centre), np.array(scale)
+        self.exact_H, self.relevant_4 = np.array(exact), np.array(relevant)
         self.encoder = encoder
 
     def numbers(self, queries: Sequence[str], products: Sequence[ProductFields]) -> NDArray[np.float64]:
@@ -117,9 +123,11 @@ class EvidenceHead:
 
     def __call__(self, answer_N3: NDArray[np.floating], number_NE: NDArray[np.floating]) -> NDArray[np.float64]:
         """Probabilities of the grades, [N, 3]; nan where the answer is."""
-        input_NF = np.concatenate([_logits(answer_N3), number_NE], axis=1)
-        hinge_NH = _hinges((input_NF - self.centre_F) / self.scale_F)
-        relevant_N, exact_N = 1 / (1 + np.exp(-(hinge_NH @ self.weight_2H[:, :-1].T + self.weight_2H[:, -1]).T))
+        standard_NF = (np.concatenate([_logits(answer_N3), number_NE], axis=1) - self.centre_F) / self.scale_F
+        exact_N = _chance(_hinges(standard_NF), self.exact_H)
+        relevant_N = 1 - answer_N3[:, 0].astype(np.float64)
+        if self.relevant_4.size:
+            relevant_N = _chance(_answer_and_last(standard_NF), self.relevant_4)
         return np.stack([1 - relevant_N, relevant_N * (1 - exact_N), relevant_N * exact_N], axis=1)
 
     @cached_property
@@ -165,7 +173,8 @@ class EvidenceHead:
             "counts": dict(sorted(self.counts.items())),
             "centre": self.centre_F.tolist(),
             "scale": self.scale_F.tolist(),
-            "weights": self.weight_2H.tolist(),
+            "exact": self.exact_H.tolist(),
+            "relevant": self.relevant_4.tolist(),
             "encoder": ENCODER_FOLDER if self.encoder else "",
         }
         return json.dumps(values, ensure_ascii=False) + "\n"
@@ -194,7 +203,8 @@ def fit_evidence_head(
 
     Args:
         counted: titles that words are counted in, each product's once.
-        rows: pairs with columns query, title and the other texts of a product.
+        rows: pairs with columns query, title and the other texts of a product; with an encoder random ones among them,
+            so that P(grade >= 1) learns no other rates than the labeller has.
         answer_N3: what the labeller answers to them, uncalibrated.
         share_N2: shares of raters at or above grades 1 and 2.
         weight_N: what each pair counts.
@@ -203,34 +213,45 @@ def fit_evidence_head(
     Returns:
         None where the weights sum to less than `PAIRS_FOR_HEAD`.
     """
-    from scipy.optimize import minimize
-
     if weight_N.sum() < PAIRS_FOR_HEAD:
         return None
     counts = {word: n for word, n in Counter(w for text in counted for w in set(units(text))).items() if n > 1}
-    head = EvidenceHead(len(counted), counts, [0.0], [1.0], [[0.0], [0.0]], encoder)
+    head = EvidenceHead(len(counted), counts, [0.0], [1.0], [0.0], encoder=encoder)
     input_NF = np.concatenate([_logits(answer_N3), head.numbers_of(rows)], axis=1)
     centre_F, scale_F = input_NF.mean(axis=0), input_NF.std(axis=0) + _SMALLEST
-    hinge_NH = _hinges((input_NF - centre_F) / scale_F)
-    share_N2 = np.asarray(share_N2, dtype=np.float64)
-    exact_N = np.divide(share_N2[:, 1], share_N2[:, 0], out=np.zeros(len(share_N2)), where=share_N2[:, 0] > 0)
-    targets = ((share_N2[:, 0], weight_N), (exact_N, weight_N * share_N2[:, 0]))
-    weights = []
-    for target_N, counted_N in targets:
-
-        def loss(
-            weight_H: NDArray[np.float64], target_N: Any = target_N, counted_N: Any = counted_N
-        ) -> tuple[float, Any]:
-            logit_N = hinge_NH @ weight_H[:-1] + weight_H[-1]
-            value = (counted_N * (np.logaddexp(0, logit_N) - target_N * logit_N)).sum()
-            slope_N = counted_N * (1 / (1 + np.exp(-logit_N)) - target_N)
-            slope_H = np.append(slope_N @ hinge_NH + _RIDGE * weight_H[:-1], slope_N.sum())
-            return float(value + _RIDGE * (weight_H[:-1] ** 2).sum() / 2), slope_H
-
-        found = minimize(loss, np.zeros(hinge_NH.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 1000})
-        weights.append([_rounded(value) for value in found.x])
+    standard_NF = (input_NF - centre_F) / scale_F
+    share_1_N, share_2_N = np.asarray(share_N2, dtype=np.float64).T
+    exact_N = np.divide(share_2_N, share_1_N, out=np.zeros(len(share_1_N)), where=share_1_N > 0)
+    exact = _fit(_hinges(standard_NF), exact_N, weight_N * share_1_N, _RIDGE)
+    relevant = _fit(_answer_and_last(standard_NF), share_1_N, weight_N, _RIDGE_OF_RELEVANCE) if encoder else []
     place = ([_rounded(value) for value in centre_F], [_rounded(value) for value in scale_F])
-    return EvidenceHead(len(counted), counts, *place, weights, encoder)
+    return EvidenceHead(len(counted), counts, *place, exact, relevant, encoder)
+
+
+def _fit(
+    input_NH: NDArray[np.float64], target_N: NDArray[np.float64], weight_N: NDArray[np.floating], ridge: float
+) -> list[float]:
+    """Weights of a logistic regression, the constant, which no ridge holds, last."""
+    from scipy.optimize import minimize
+
+    def loss(weight_H: NDArray[np.float64]) -> tuple[float, Any]:
+        logit_N = input_NH @ weight_H[:-1] + weight_H[-1]
+        value = (weight_N * (np.logaddexp(0, logit_N) - target_N * logit_N)).sum()
+        slope_N = weight_N * (1 / (1 + np.exp(-logit_N)) - target_N)
+        slope_H = np.append(slope_N @ input_NH + ridge * weight_H[:-1], slope_N.sum())
+        return float(value + ridge * (weight_H[:-1] ** 2).sum() / 2), slope_H
+
+    found = minimize(loss, np.zeros(input_NH.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 1000})
+    return [_rounded(value) for value in found.x]
+
+
+def _chance(input_NH: NDArray[np.float64], weight_H: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(1 / (1 + np.exp(-(input_NH @ weight_H[:-1] + weight_H[-1]))))
+
+
+def _answer_and_last(standard_NF: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The answer's two logits and the last number, bounded, [N, 3]."""
+    return np.clip(standard_NF[:, [0, 1, -1]], -_LIMIT, _LIMIT)
 
 
 def _logits(answer_N3: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -137,10 +137,9 @@ def with_few_shot(human: pa.Table, recipe: LabellerRecipe, path: str) -> Labelle
 
 
 def with_random(current: Run, human: pa.Table, recipe: LabellerRecipe) -> pa.Table:
-    """People's pairs, then random ones: of train queries, and of validation queries for the evidence's head."""
-    weak = random_irrelevant(
-        current, human, recipe, ["train"] if recipe.evidence == "none" else ["train", "validation"]
-    )
+    """People's pairs, then random ones: of train queries, and of validation queries where evidence is a cosine."""
+    splits = ["train", "validation"] if recipe.evidence == "cosine" else ["train"]
+    weak = random_irrelevant(current, human, recipe, splits)
     split_of = dict(zip(human["query_hash"].to_pylist(), human["split"].to_pylist(), strict=True))
     splits = [split_of[query] for query in weak["query_hash"].to_pylist()]
     splits = [FOR_EVIDENCE if split == "validation" else split for split in splits]

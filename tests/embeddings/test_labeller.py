@@ -281,7 +281,7 @@ def test_a_saved_labeller_is_itself_again_and_its_fingerprint_follows_what_it_an
             grade_token_ids=(),
             calibrations={"": Calibration(temperature=t), "shop": Calibration(bias=(0.5, 0.0, 0.0))},
             metrics={"ece": 0.1},
-            evidence=EvidenceHead(9, {"shoe": seen}, [0.0] * 11, [1.0] * 11, [[0.0] * 45] * 2) if seen else None,
+            evidence=EvidenceHead(9, {"shoe": seen}, [0.0] * 11, [1.0] * 11, [0.0] * 45) if seen else None,
         )
         for name, t, seen in (("a", 1.5, 0), ("b", 1.5, 0), ("c", 2.0, 0), ("d", 1.5, 3), ("e", 1.5, 4))
     ]

@@ -257,7 +257,7 @@ def test_the_labeller_is_tuned_measured_and_kept(shop, tmp_path, monkeypatch):
 
 
 def test_random_pairs_follow_the_splits_of_the_pairs_that_they_are_drawn_for(shop):
-    config = tune_labeller.Config(lake=shop.root)
+    config = tune_labeller.Config(lake=shop.root, recipe=LabellerRecipe(evidence="cosine"))
     current = job.begin(config, "tune_labeller")
     consensus = labelling.read(current, ANNOTATION_CONSENSUS, [*labelling.PAIR, *labelling.GRADED])
     human = labelling.with_texts(current, consensus)

@@ -48,7 +48,7 @@ def labeller_folder(tmp_path, kind, *, width=64, evidence=None):
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("kind", ["classifier", "generative"])
 def test_the_engine_gives_the_probabilities_of_plain_torch(tmp_path, kind):
-    head = EvidenceHead(9, {"shoe": 3}, [0.0] * 11, [1.0] * 11, np.full((2, 45), 0.01).tolist())
+    head = EvidenceHead(9, {"shoe": 3}, [0.0] * 11, [1.0] * 11, [0.01] * 45)
     folder = labeller_folder(tmp_path, kind, evidence=head if kind == "classifier" else None)
     pairs = pa.table(
         {
