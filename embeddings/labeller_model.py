@@ -197,7 +197,7 @@ class LabellerTrainer:
         self.model, self.pairs, self.recipe, self.rank, self.world_size = model, pairs, recipe, rank, world_size
         self.lengths = [len(pair) for pair in pairs]
         self.share_N2 = torch.from_numpy(np.asarray(shares, dtype=np.float32))
-        self.group_N = groups_of(queries, recipe)
+        self.value_N, self.group_N = self.share_N2.sum(dim=1).numpy(), groups_of(queries, recipe)
         self.steps_per_epoch = math.ceil(len(pairs) / recipe.batch_size)
         self.num_steps = math.ceil(self.steps_per_epoch * recipe.epochs)
         self._parallel = wrap(model)
@@ -295,8 +295,7 @@ class LabellerTrainer:
 
     def _preference_loss(self, logits_N3: Tensor, everyone: list[int], rows: list[int]) -> Tensor:
         """Of this worker's rows, on the scale of a sum over the step's pairs."""
-        value_N = self.share_N2.sum(dim=1).numpy()
-        whole = preferences_of(everyone, value_N, self.group_N, self.recipe.preference_wide_share)
+        whole = preferences_of(everyone, self.value_N, self.group_N, self.recipe.preference_wide_share)
         better_P, worse_P, weight_P = (torch.from_numpy(part).to(self.device) for part in whole.of(rows))
         loss_P = preference_loss(logits_N3, better_P, worse_P)
         return self.recipe.preference_weight * len(everyone) * (loss_P * weight_P).sum()

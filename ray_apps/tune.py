@@ -27,6 +27,7 @@ from ray import train
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device, prepare_model
+from torch import nn
 
 from embeddings.backbone import resolve_model
 from embeddings.guideline import load_guideline
@@ -140,6 +141,12 @@ def _train_worker(given: dict[str, Any]) -> None:
     rows = np.flatnonzero(split_N == "train")
     num_workers = context.get_world_size()
     is_sharded = placement.sharding == "fsdp" and num_workers > 1
+
+    def wrap(module: nn.Module) -> nn.Module:
+        if is_sharded:
+            return shard(module, device.type)
+        return prepare_model(module) if num_workers > 1 else module
+
     trainer = LabellerTrainer(
         # of a model to be spread no card needs to hold all
         build_labeller(recipe, encoder, device="cpu" if is_sharded else str(device)),
@@ -149,9 +156,7 @@ def _train_worker(given: dict[str, Any]) -> None:
         recipe,
         rank=context.get_world_rank(),
         world_size=num_workers,
-        wrap=lambda module: (
-            shard(module, device.type) if is_sharded else prepare_model(module) if num_workers > 1 else module
-        ),
+        wrap=wrap,
     )
     run = _TuneRun(
         trainer, given["run_folder"], placement.checkpoint_every_steps, is_first=context.get_world_rank() == 0
@@ -174,6 +179,8 @@ class _TuneRun:
 
     def __init__(self, trainer: LabellerTrainer, run_folder: str, checkpoint_every: int, *, is_first: bool) -> None:
         self.trainer, self.checkpoint_every, self.is_first = trainer, checkpoint_every, is_first
+        # one that holds a part of the weights is needed for every pass and every copy of them
+        self.takes_part = is_first or trainer.is_sharded
         self.run_folder = run_folder
         self.best: dict[str, Any] = {"epoch": 0, "kappa": -2.0, "weights": None}
         self.seen, self.started, self.told = 0, time.monotonic(), 0.0
@@ -214,7 +221,7 @@ class _TuneRun:
             trainer.set_weights(self.best["weights"])
         probability_N3 = np.full((len(tokens), 3), np.nan, dtype=np.float32)
         model = trainer.model
-        if self.is_first or trainer.is_sharded:
+        if self.takes_part:
             probability_N3[rows] = plain_probabilities(model, [tokens[row] for row in rows])
         if trainer.is_sharded:
             weights = trainer.weights()
@@ -242,8 +249,7 @@ class _TuneRun:
     def _validate(self, validation: list[list[int]], grade_N: NDArray[np.int8]) -> None:
         trainer = self.trainer
         epoch = math.ceil(trainer.step / trainer.steps_per_epoch)
-        # a worker that holds a part of the weights is needed for every pass
-        if not self.is_first and not trainer.is_sharded:
+        if not self.takes_part:
             return
         kappa = self.best["kappa"]
         if validation:
@@ -263,7 +269,7 @@ class _TuneRun:
     def _report(self, write_more: Any) -> None:
         """A checkpoint of rank 0; all workers meet here."""
         metrics = {"step": self.trainer.step}
-        state = self.trainer.state_dict() if self.is_first or self.trainer.is_sharded else {}
+        state = self.trainer.state_dict() if self.takes_part else {}
         if not self.is_first:
             train.report(metrics, checkpoint=None)
             return

@@ -46,6 +46,14 @@ def trainer_of(recipe, pairs):
     return LabellerTrainer(model, encoder.encode_rows(train), target_shares(train, recipe), queries, recipe), encoder
 
 
+def leave_checkpoint(run_folder, trainer):
+    """What a start leaves that was killed where the trainer stands."""
+    left = run_folder / "checkpoint_1"
+    left.mkdir(parents=True)
+    best = {"epoch": 0, "kappa": -2.0, "weights": None}
+    torch.save({"trainer": trainer.state_dict(), "best": best}, left / STATE_FILE)
+
+
 @contextmanager
 def one_thread():
     """As many as a worker of PLACEMENT has: sums of more are other sums in the last digits."""
@@ -70,17 +78,14 @@ def test_a_run_that_goes_on_from_its_checkpoint_ends_like_an_unbroken_one(tmp_pa
     pairs, storage = graded_pairs(), str(tmp_path / "runs")
     whole = tune_labeller(pairs, recipe, PLACEMENT, storage=storage, name="whole")
 
-    # what a start leaves that was killed after its second step of five, while Train wrote its snapshot
+    # killed after its second step of five, while Train wrote its snapshot
     trainer, _ = trainer_of(recipe, pairs)
     with one_thread():
         trainer.train_step()
         trainer.train_step()
     torch.use_deterministic_algorithms(False)
-    left = tmp_path / "runs" / "cut" / "checkpoint_1"
-    left.mkdir(parents=True)
-    best = {"epoch": 0, "kappa": -2.0, "weights": None}
-    torch.save({"trainer": trainer.state_dict(), "best": best}, left / STATE_FILE)
-    (left.parent / SNAPSHOT_FILE).write_text('{"checkpoint_results": [', encoding="utf-8")
+    leave_checkpoint(tmp_path / "runs" / "cut", trainer)
+    (tmp_path / "runs" / "cut" / SNAPSHOT_FILE).write_text('{"checkpoint_results": [', encoding="utf-8")
     resumed = tune_labeller(pairs, recipe, PLACEMENT, storage=storage, name="cut")
 
     np.testing.assert_allclose(resumed.probability_N3, whole.probability_N3, atol=1e-8)
@@ -107,10 +112,7 @@ def test_a_run_goes_on_with_its_weights_spread_over_two_workers(tmp_path, tuning
     pairs = graded_pairs()
     alone, encoder = trainer_of(recipe, pairs)
     alone.train_step()
-    left = tmp_path / "runs" / "cut" / "checkpoint_1"
-    left.mkdir(parents=True)
-    best = {"epoch": 0, "kappa": -2.0, "weights": None}
-    torch.save({"trainer": alone.state_dict(), "best": best}, left / STATE_FILE)
+    leave_checkpoint(tmp_path / "runs" / "cut", alone)
     while alone.step < alone.num_steps:
         alone.train_step()
     expected = plain_probabilities(alone.model, encoder.encode_rows(pairs.slice(24)))
