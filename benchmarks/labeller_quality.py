@@ -4,7 +4,7 @@
 
 Every row is a labeller of its own, tuned in this process on the same train pairs, whole queries in the order of a hash,
 and calibrated on calibration queries. RMSE is to the raters' mean by the line that fits the calibration queries. Choose
-on validation, where half of the calibration queries fit the head that reads word evidence and the other half
+on validation, where half of the calibration queries fit the head that weighs evidence and the other half
 calibrates; `--split test`, where the head is fitted on validation as the job does, is for what has been chosen.
 """
 
@@ -57,7 +57,7 @@ CHANGES: Final[dict[str, dict[str, Any]]] = {
     "most probable grade": {"decision": "most_probable"},
     "without random pairs": {"random_irrelevant_per_query": 0},
     "words beside the answer": {"evidence": "words"},
-    "words and cosine": {"evidence": "cosine"},
+    "words and encoder": {"evidence": "encoder"},
     "as pretrained": {"epochs": 0},
 }
 SHOWN: Final = (
@@ -84,7 +84,8 @@ def main() -> None:
     print("data set", "change", "train pairs", *SHOWN, "pairs/s", sep=" | ")
     for name in given.only.split(","):
         changed = dataclasses.replace(recipe, **CHANGES[name])
-        measure(name, tune_labeller.with_random(current, human, changed), changed, given.pairs)
+        pairs = tune_labeller.with_random(current, human, changed)
+        measure(name, pairs, len(human), changed, given.pairs)
 
 
 def as_test(human: pa.Table) -> pa.Table:
@@ -107,11 +108,13 @@ def first_queries(query_hashes: list[str], num_pairs: int) -> list[bool]:
     return [bool(is_kept[place[query]]) for query in query_hashes]
 
 
-def measure(name: str, pairs: pa.Table, recipe: LabellerRecipe, num_pairs: int) -> None:
-    """Tunes one labeller and prints its rows."""
-    is_train = pc.equal(pairs["split"], "train")
-    train, held = pairs.filter(is_train), pairs.filter(pc.invert(is_train))
-    train = train.filter(pa.array(first_queries(train["query_hash"].to_pylist(), num_pairs)))
+def measure(name: str, pairs: pa.Table, num_human: int, recipe: LabellerRecipe, num_pairs: int) -> None:
+    """Tunes one labeller and prints its rows; the first `num_human` pairs are people's."""
+    is_kept_N = np.array(pairs["split"].to_numpy() != "train")
+    is_kept_N[~is_kept_N] = first_queries(pairs.filter(pa.array(~is_kept_N))["query_hash"].to_pylist(), num_pairs)
+    pairs, num_human = pairs.filter(pa.array(is_kept_N)), int(is_kept_N[:num_human].sum())
+    is_train_N = pairs["split"].to_numpy() == "train"
+    train, held = pairs.filter(pa.array(is_train_N)), pairs.filter(pa.array(~is_train_N))
     encoder = PairEncoder(resolve_model(recipe.model), recipe, load_guideline(recipe.guideline))
     model = build_labeller(recipe, encoder, device="cpu")
     queries = train["query"].to_pylist()
@@ -120,10 +123,12 @@ def measure(name: str, pairs: pa.Table, recipe: LabellerRecipe, num_pairs: int) 
     while trainer.step < trainer.num_steps:
         trainer.train_step()
     speed = len(train) * recipe.epochs / (time.monotonic() - started)
-    answer_N3 = plain_probabilities(model, encoder.encode_rows(held), bf16=trainer.bf16)
+    answer_N3 = np.full((len(pairs), 3), np.nan)
+    answer_N3[~is_train_N] = plain_probabilities(model, encoder.encode_rows(held), bf16=trainer.bf16)
     with tempfile.TemporaryDirectory() as place:
-        head = tune_labeller.evidence_head(held, answer_N3, recipe, f"{place}/encoder")
-        answer_N3 = tune_labeller.with_evidence(head, held, answer_N3)
+        gathered = tune_labeller.gather_evidence(pairs, num_human, recipe, f"{place}/encoder")
+        head = gathered and tune_labeller.evidence_head(gathered, answer_N3)
+    answer_N3 = tune_labeller.with_evidence(head, gathered, np.arange(len(pairs)), answer_N3)[~is_train_N]
     is_judged_N = np.isin(held["split"].to_numpy(), ("calibration", "test"))
     answer_N3, held = answer_N3[is_judged_N], held.filter(pa.array(is_judged_N))
     for dataset, whole in judged(answer_N3, held, recipe.decision).items():

@@ -1,181 +1,166 @@
-"""Evidence: what the words of a pair, and an encoder, say beside a labeller's answer, and the head that reads all.
+"""Evidence beside a labeller's answer: a second opinion of a pair by what words and an encoder say, and the head that weighs both.
 
-A fine-tuned model sees meaning, but neither how rare a word of the query is in the shop nor that a misspelt word stands
-a letter away from one of the title; both tell an exact product from a partial one. Nine numbers of a pair say it. A
-logistic regression of P(grade 2 given grade >= 1) on hinges of them and of the answer makes a better one of it. Of what
-is irrelevant words tell a tuned model nothing new, but tuning on few grades of 0 forgets some of what a pretrained
-encoder's cosine knows of unrelated products: where it is asked for, it is a tenth number, and a second regression reads
-it for P(grade >= 1), which else stays the answer's. Both are fitted on validation queries, which no labeller learned
-from, so that they know how far the answer is to be trusted, as in stacking. Words cost a processor 0.05 ms per pair,
-whatever the labeller's size; the cosine costs what the encoder does.
+A fine-tuned model reads a pair alone: neither how rare a word of the query is in the shop, nor that a misspelt word
+stands a letter away from one of the title, nor whether the shop has much that is closer to the query. Numbers say it
+(`evidence_words`, `evidence_encoder`). A logistic regression on hinges of them, fitted on the pairs that the labeller
+is tuned on, is an opinion of its own; on human grades it is about as good as a small labeller, and errs elsewhere. A
+second regression reads answer and opinion, fitted on validation queries, which neither learned from, so that it knows
+how far each is to be trusted. Both tell P(grade >= 1) and P(grade 2 given grade >= 1). Curves bend at fixed places and
+nowhere jump, as trees would: a number's last digit, which hangs on the machine, never moves a grade's probability much.
 
-Cites: Wolpert 1992, Stacked generalization; of numbers like these in product search, the winners' notes of the Home
-Depot search relevance competition.
+Words cost a processor 0.05 ms per pair whatever the labeller's size, the encoder what a small labeller does.
+
+Cites: Wolpert 1992, Stacked generalization.
 """
 
-# N pairs, E numbers of evidence, F those and two of the answer, H hinges of them
+# N pairs, E numbers of evidence, F inputs of a regression, H hinges of them
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from embeddings.evidence_words import WORD_NUMBERS, WordNumbers
 from embeddings.guideline import ProductFields, neutralise, products_of
-from embeddings.text import TextRecipe, product_text, rarity
+
+if TYPE_CHECKING:
+    from embeddings.evidence_encoder import EncoderNumbers
 
 EVIDENCE_FILE: Final = "evidence.json"
 ENCODER_FOLDER: Final = "evidence_encoder"
-"""Beside the file, where there is a cosine."""
-EVIDENCE: Final = (
-    "likeness of the query's least alike word to a word of the title",
-    "mean likeness of the query's words, weighted by rarity",
-    "likeness of its last word",
-    "rarity of its rarest word",
-    "mean rarity of its words",
-    "mean place in the title of its words that stand there, 0 first; -1 without any",
-    "number of its words",
-    "number of the title's words",
-    "share of its words in any text of the product, weighted by rarity",
-)
-"""Meaning of each number; likeness is the share of common letter triples, rarity log((N + 1) / (n + 1/2)) of n of N."""
-PAIRS_FOR_HEAD: Final = 1000
-"""Pairs that a head is fitted on at least, no query counting as more than ten; it has about 45 weights."""
-_MAX_WORDS: Final = 400
-"""Of a text that are read: a description of megabytes says no more."""
+"""Beside the file, where an encoder speaks too; with the vectors of the shop's titles."""
+PAIRS_FOR_OPINION: Final = 1000
+"""Pairs that an opinion is fitted on at least, no query counting as more than ten; it has about 110 weights."""
+PAIRS_FOR_HEAD: Final = 250
+"""The same of the pairs by which answer and opinion are weighed, with 17 weights."""
 _RIDGE: Final = 10.0
-_RIDGE_OF_RELEVANCE: Final = 1.0
 _LIMIT: Final = 3.0
 """Deviations past which a number counts as this: what a tuning set hardly holds is not extrapolated."""
 _SMALLEST: Final = 1e-6
-_UNIT = re.compile(r"[^\W\d_]+|\d+(?:\.\d+)?")
 
 
-def units(text: str | None) -> list[str]:
-    """Runs of letters and numbers in lower case, without a plural's s, in their order."""
-    found = _UNIT.findall((text or "").lower())[:_MAX_WORDS]
-    return [word[:-1] if len(word) > 3 and word.endswith("s") else word for word in found]
+@dataclasses.dataclass(frozen=True)
+class GradedNumbers:
+    """What a regression is fitted on.
 
-
-@lru_cache(maxsize=100_000)
-def _triples(word: str) -> frozenset[str]:
-    padded = f" {word} "
-    return frozenset(padded[start : start + 3] for start in range(len(padded) - 2))
-
-
-def _likeness(word: str, others: set[str]) -> float:
-    """Largest share of common letter triples with one of the others; 1 where it is among them."""
-    if word in others:
-        return 1.0
-    own = _triples(word)
-    return max((len(own & theirs) / len(own | theirs) for theirs in map(_triples, others)), default=0.0)
-
-
-class EvidenceHead:
-    """Reads evidence beside a labeller's answer.
-
-    Args:
-        num_texts: titles that the words were counted in.
-        counts: of these, how many hold a word; one that is missing here is in none or one.
-        centre: subtracted from the numbers, [F].
-        scale: they are divided by it then, [F].
-        exact: weights of P(grade 2 given grade >= 1), the constant last, [H + 1].
-        relevant: weights of P(grade >= 1) for the answer's two logits and the cosine, the constant last, [4]; empty
-            without an encoder: that probability stays the answer's.
-        encoder: sentence-transformers folder whose cosine is a number too; empty for none.
+    Attributes:
+        number_NF: inputs.
+        share_N2: shares of raters at or above grades 1 and 2.
+        weight_N: what each pair counts.
     """
 
-    def __init__(
-        self,
-        num_texts: int,
-        counts: Mapping[str, int],
-        centre: Sequence[float],
-        scale: Sequence[float],
-        exact: Sequence[float],
-        relevant: Sequence[float] = (),
-        encoder: str = "",
-    ) -> None:
-        self.num_texts, self.counts = num_texts, dict(counts)
-        self.centre_F, self.scale_F = np.array(centre), np.array(scale)
-        self.exact_H, self.relevant_4 = np.array(exact), np.array(relevant)
-        self.encoder = encoder
+    number_NF: NDArray[np.float64]
+    share_N2: NDArray[np.floating]
+    weight_N: NDArray[np.floating]
+
+    def take(self, rows: NDArray[np.intp]) -> GradedNumbers:
+        """Some of the pairs."""
+        return GradedNumbers(self.number_NF[rows], self.share_N2[rows], self.weight_N[rows])
+
+
+@dataclasses.dataclass(frozen=True)
+class GradeRegression:
+    """Logits of P(grade >= 1) and of P(grade 2 given grade >= 1), both linear in hinges of standardised inputs.
+
+    Attributes:
+        centre: subtracted from the inputs, [F].
+        scale: they are divided by it then, [F].
+        relevant: weights of P(grade >= 1), the constant last, [H + 1].
+        exact: weights of P(grade 2 given grade >= 1), the constant last, [H + 1].
+    """
+
+    centre: tuple[float, ...]
+    scale: tuple[float, ...]
+    relevant: tuple[float, ...]
+    exact: tuple[float, ...]
+
+    @classmethod
+    def fit(cls, graded: GradedNumbers) -> GradeRegression:
+        """The likeliest one under a ridge."""
+        share_1_N, share_2_N = np.asarray(graded.share_N2, dtype=np.float64).T
+        exact_N = np.divide(share_2_N, share_1_N, out=np.zeros(len(share_1_N)), where=share_1_N > 0)
+        centre_F = graded.number_NF.mean(axis=0)
+        scale_F = graded.number_NF.std(axis=0) + _SMALLEST
+        hinge_NH = _hinges((graded.number_NF - centre_F) / scale_F)
+        return cls(
+            _rounded(centre_F),
+            _rounded(scale_F),
+            _fit(hinge_NH, share_1_N, graded.weight_N),
+            _fit(hinge_NH, exact_N, graded.weight_N * share_1_N),
+        )
+
+    def __call__(self, number_NF: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The two logits of each pair, [N, 2]."""
+        hinge_NH = _hinges((number_NF - np.array(self.centre)) / np.array(self.scale))
+        weight_H2 = np.stack([self.relevant, self.exact], axis=1)
+        return np.asarray(hinge_NH @ weight_H2[:-1] + weight_H2[-1])
+
+
+class Evidence:
+    """Computes what is said of a pair beside the labeller's answer.
+
+    Args:
+        words: what words say.
+        encoder: folder of `evidence_encoder.write_evidence_encoder`; empty for none.
+    """
+
+    def __init__(self, words: WordNumbers, encoder: str = "") -> None:
+        self.words, self.encoder = words, encoder
+
+    @cached_property
+    def _encoder_numbers(self) -> EncoderNumbers:
+        from embeddings.evidence_encoder import EncoderNumbers
+
+        return EncoderNumbers(self.encoder)
 
     def numbers(self, queries: Sequence[str], products: Sequence[ProductFields]) -> NDArray[np.float64]:
-        """The numbers named in EVIDENCE and, with an encoder, its cosine, [N, E]; 0 for likeness without words."""
+        """WORD_NUMBERS and, with an encoder, ENCODER_NUMBERS, [N, E]."""
         asked = [neutralise(query) for query in queries]
-        found = [self._numbers(units(query), product) for query, product in zip(asked, products, strict=True)]
-        number_NE = np.array(found, dtype=np.float64).reshape(-1, len(EVIDENCE))
-        if not self.encoder or not asked:
+        number_NE = self.words(asked, products)
+        if not self.encoder:
             return number_NE
-        return np.concatenate([number_NE, self._cosines(asked, products)[:, None]], axis=1)
+        return np.concatenate([number_NE, self._encoder_numbers(asked, [item.title for item in products])], axis=1)
 
     def numbers_of(self, rows: pa.Table) -> NDArray[np.float64]:
         """The numbers of rows with columns query and title and any other text column of a product, [N, E]."""
         return self.numbers(rows["query"].to_pylist(), products_of(rows))
 
-    def __call__(self, answer_N3: NDArray[np.floating], number_NE: NDArray[np.floating]) -> NDArray[np.float64]:
+
+@dataclasses.dataclass(frozen=True)
+class EvidenceHead:
+    """Weighs evidence and a labeller's answer.
+
+    Attributes:
+        evidence: what is read beside the answer.
+        opinion: what the numbers of the evidence say of the grade.
+        weighing: reads the logits of the answer and those of the opinion.
+    """
+
+    evidence: Evidence
+    opinion: GradeRegression
+    weighing: GradeRegression
+
+    def __call__(self, answer_N3: NDArray[np.floating], number_NE: NDArray[np.float64]) -> NDArray[np.float64]:
         """Probabilities of the grades, [N, 3]; nan where the answer is."""
-        standard_NF = (np.concatenate([_logits(answer_N3), number_NE], axis=1) - self.centre_F) / self.scale_F
-        exact_N = _chance(_hinges(standard_NF), self.exact_H)
-        relevant_N = 1 - answer_N3[:, 0].astype(np.float64)
-        if self.relevant_4.size:
-            relevant_N = _chance(_answer_and_last(standard_NF), self.relevant_4)
+        logit_N2 = self.weighing(_answer_and_opinion(answer_N3, self.opinion(number_NE)))
+        relevant_N, exact_N = (1 / (1 + np.exp(-logit_N2))).T
         return np.stack([1 - relevant_N, relevant_N * (1 - exact_N), relevant_N * exact_N], axis=1)
-
-    @cached_property
-    def _model(self) -> Any:
-        from embeddings.encoder import load_encoder
-
-        return load_encoder(self.encoder)[0]
-
-    def _cosines(self, queries: Sequence[str], products: Sequence[ProductFields]) -> NDArray[np.float64]:
-        """Cosine of each query with the product's title and brand, [N]."""
-        from embeddings.labeller_baseline import pair_cosines
-
-        texts = [product_text(product.title, product.brand, None, None, TextRecipe()) for product in products]
-        return pair_cosines(list(queries), texts, self._model).astype(np.float64)
-
-    def _numbers(self, asked: list[str], product: ProductFields) -> list[float]:
-        title = units(product.title)
-        first: dict[str, int] = {}
-        for place, word in enumerate(title):
-            first.setdefault(word, place)
-        everywhere = {word for text in product for word in units(text)}
-        known = set(first)
-        likeness = [_likeness(word, known) for word in asked] or [0.0]
-        rareness = [rarity(self.num_texts, self.counts.get(word, 0)) for word in asked] or [0.0]
-        total = max(sum(rareness), _SMALLEST)
-        places = [first[word] / len(title) for word in asked if word in first]
-        return [
-            min(likeness),
-            sum(map(float.__mul__, likeness, rareness)) / total,
-            likeness[-1],
-            max(rareness),
-            sum(rareness) / len(rareness),
-            sum(places) / len(places) if places else -1.0,
-            float(len(asked)),
-            float(len(title)),
-            sum(rare for word, rare in zip(asked, rareness, strict=False) if word in everywhere) / total,
-        ]
 
     def text(self) -> str:
         """What the file holds that `load` reads; of an encoder, that there is one."""
         values = {
-            "num_texts": self.num_texts,
-            "counts": dict(sorted(self.counts.items())),
-            "centre": self.centre_F.tolist(),
-            "scale": self.scale_F.tolist(),
-            "exact": self.exact_H.tolist(),
-            "relevant": self.relevant_4.tolist(),
-            "encoder": ENCODER_FOLDER if self.encoder else "",
+            "words": self.evidence.words.values(),
+            "opinion": dataclasses.asdict(self.opinion),
+            "weighing": dataclasses.asdict(self.weighing),
+            "encoder": ENCODER_FOLDER if self.evidence.encoder else "",
         }
         return json.dumps(values, ensure_ascii=False) + "\n"
 
@@ -186,51 +171,42 @@ class EvidenceHead:
         if not path.is_file():
             return None
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if values["encoder"]:
-            values["encoder"] = str(Path(folder, values["encoder"]))
-        return cls(**values)
+        encoder = str(Path(folder, values["encoder"])) if values["encoder"] else ""
+        regressions = [GradeRegression(**values[name]) for name in ("opinion", "weighing")]
+        return cls(Evidence(WordNumbers(**values["words"]), encoder), *regressions)
 
 
 def fit_evidence_head(
-    counted: Sequence[str],
-    rows: pa.Table,
-    answer_N3: NDArray[np.floating],
-    share_N2: NDArray[np.floating],
-    weight_N: NDArray[np.floating],
-    encoder: str = "",
+    evidence: Evidence, learned: GradedNumbers, held: GradedNumbers, answer_N3: NDArray[np.floating]
 ) -> EvidenceHead | None:
-    """The likeliest head by pairs that the labeller did not learn from, under a ridge.
+    """The head of pairs with the numbers of the evidence.
 
     Args:
-        counted: titles that words are counted in, each product's once.
-        rows: pairs with columns query, title and the other texts of a product; with an encoder random ones among them,
-            so that P(grade >= 1) learns no other rates than the labeller has.
-        answer_N3: what the labeller answers to them, uncalibrated.
-        share_N2: shares of raters at or above grades 1 and 2.
-        weight_N: what each pair counts.
-        encoder: sentence-transformers folder whose cosine is evidence too; empty for none.
+        evidence: the numbers' kind.
+        learned: judged pairs that the labeller learned from too.
+        held: pairs that it did not learn from, random ones among them, of which neither answer nor opinion knows the
+            rates.
+        answer_N3: what it answers to these, uncalibrated.
 
     Returns:
-        None where the weights sum to less than `PAIRS_FOR_HEAD`.
+        None where the weights of either sum to too little: `PAIRS_FOR_OPINION`, `PAIRS_FOR_HEAD`.
     """
-    if weight_N.sum() < PAIRS_FOR_HEAD:
+    if learned.weight_N.sum() < PAIRS_FOR_OPINION or held.weight_N.sum() < PAIRS_FOR_HEAD:
         return None
-    counts = {word: n for word, n in Counter(w for text in counted for w in set(units(text))).items() if n > 1}
-    head = EvidenceHead(len(counted), counts, [0.0], [1.0], [0.0], encoder=encoder)
-    input_NF = np.concatenate([_logits(answer_N3), head.numbers_of(rows)], axis=1)
-    centre_F, scale_F = input_NF.mean(axis=0), input_NF.std(axis=0) + _SMALLEST
-    standard_NF = (input_NF - centre_F) / scale_F
-    share_1_N, share_2_N = np.asarray(share_N2, dtype=np.float64).T
-    exact_N = np.divide(share_2_N, share_1_N, out=np.zeros(len(share_1_N)), where=share_1_N > 0)
-    exact = _fit(_hinges(standard_NF), exact_N, weight_N * share_1_N, _RIDGE)
-    relevant = _fit(_answer_and_last(standard_NF), share_1_N, weight_N, _RIDGE_OF_RELEVANCE) if encoder else []
-    place = ([_rounded(value) for value in centre_F], [_rounded(value) for value in scale_F])
-    return EvidenceHead(len(counted), counts, *place, exact, relevant, encoder)
+    opinion = GradeRegression.fit(learned)
+    read_NF = _answer_and_opinion(answer_N3, opinion(held.number_NF))
+    return EvidenceHead(evidence, opinion, GradeRegression.fit(dataclasses.replace(held, number_NF=read_NF)))
+
+
+def _answer_and_opinion(answer_N3: NDArray[np.floating], opinion_N2: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Logits of P(grade >= 1) and of P(grade 2 given grade >= 1), of both, [N, 4]."""
+    zero_N, one_N, two_N = np.maximum(answer_N3.astype(np.float64), _SMALLEST).T
+    return np.concatenate([np.stack([np.log((one_N + two_N) / zero_N), np.log(two_N / one_N)], axis=1), opinion_N2], axis=1)
 
 
 def _fit(
-    input_NH: NDArray[np.float64], target_N: NDArray[np.float64], weight_N: NDArray[np.floating], ridge: float
-) -> list[float]:
+    input_NH: NDArray[np.float64], target_N: NDArray[np.float64], weight_N: NDArray[np.floating]
+) -> tuple[float, ...]:
     """Weights of a logistic regression, the constant, which no ridge holds, last."""
     from scipy.optimize import minimize
 
@@ -238,26 +214,11 @@ def _fit(
         logit_N = input_NH @ weight_H[:-1] + weight_H[-1]
         value = (weight_N * (np.logaddexp(0, logit_N) - target_N * logit_N)).sum()
         slope_N = weight_N * (1 / (1 + np.exp(-logit_N)) - target_N)
-        slope_H = np.append(slope_N @ input_NH + ridge * weight_H[:-1], slope_N.sum())
-        return float(value + ridge * (weight_H[:-1] ** 2).sum() / 2), slope_H
+        slope_H = np.append(slope_N @ input_NH + _RIDGE * weight_H[:-1], slope_N.sum())
+        return float(value + _RIDGE * (weight_H[:-1] ** 2).sum() / 2), slope_H
 
     found = minimize(loss, np.zeros(input_NH.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 1000})
-    return [_rounded(value) for value in found.x]
-
-
-def _chance(input_NH: NDArray[np.float64], weight_H: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.asarray(1 / (1 + np.exp(-(input_NH @ weight_H[:-1] + weight_H[-1]))))
-
-
-def _answer_and_last(standard_NF: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The answer's two logits and the last number, bounded, [N, 3]."""
-    return np.clip(standard_NF[:, [0, 1, -1]], -_LIMIT, _LIMIT)
-
-
-def _logits(answer_N3: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Of P(grade >= 1) and of P(grade 2 given grade >= 1), [N, 2]."""
-    zero_N, one_N, two_N = np.maximum(answer_N3.astype(np.float64), _SMALLEST).T
-    return np.stack([np.log((one_N + two_N) / zero_N), np.log(two_N / one_N)], axis=1)
+    return _rounded(found.x)
 
 
 def _hinges(standard_NF: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -267,6 +228,6 @@ def _hinges(standard_NF: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate(parts, axis=1)
 
 
-def _rounded(value: float) -> float:
+def _rounded(values: NDArray[np.float64]) -> tuple[float, ...]:
     """Six digits, so that a refit on the same pairs has the same file and the labeller the same fingerprint."""
-    return float(f"{value:.6g}")
+    return tuple(float(f"{value:.6g}") for value in values)

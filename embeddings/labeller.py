@@ -113,10 +113,10 @@ class LabellerRecipe:
         ),
     ] = "rates"
     evidence: Annotated[
-        Literal["none", "words", "cosine"],
+        Literal["none", "words", "encoder"],
         meaning(
-            "what a head reads beside the answer, where validation pairs are 1,000: words, their rarity and likeness; "
-            "cosine, that of baseline_model besides, which costs what a small labeller does"
+            "what is weighed beside the answer, where train pairs are 1,000: words, their rarity and likeness; encoder, "
+            "what baseline_model says of tokens and neighbours besides, which costs what a small labeller does"
         ),
     ] = "words"
     few_shot_per_grade: Annotated[
@@ -126,7 +126,7 @@ class LabellerRecipe:
         int, meaning("labellers tuned besides, each without one part of the train queries, which it grades", ge=0)
     ] = 0
     """Their grades, of pairs that the grading labeller has not learned from, go to the table labeller_oof."""
-    baseline_model: Annotated[str, meaning("encoder whose cosine is the baseline, and evidence where asked for")] = (
+    baseline_model: Annotated[str, meaning("encoder whose cosine is the baseline, and which evidence asks")] = (
         "all-MiniLM-L6-v2"
     )
     precision: Annotated[
@@ -281,7 +281,7 @@ def save_labeller(
     grade_token_ids: tuple[int, ...],
     calibrations: Mapping[str, Calibration],
     metrics: Mapping[str, float],
-    evidence: EvidenceHead | None = None,
+    head: EvidenceHead | None = None,
     anchors: pa.Table | None = None,
 ) -> LabellerCard:
     """Makes a labeller's folder of a Hugging Face folder, card, guideline, evidence and anchors, all or nothing."""
@@ -299,10 +299,10 @@ def save_labeller(
     files = sorted(path for path in Path(weights).iterdir() if path.is_file())
     for path in files:
         digest.update(_digest_of_file(path))
-    if evidence is not None:
-        digest.update(evidence.text().encode())
-        if evidence.encoder:
-            for path in sorted(path for path in Path(evidence.encoder).rglob("*") if path.is_file()):
+    if head is not None:
+        digest.update(head.text().encode())
+        if head.evidence.encoder:
+            for path in sorted(path for path in Path(head.evidence.encoder).rglob("*") if path.is_file()):
                 digest.update(_digest_of_file(path))
     values = {**essentials, "metrics": dict(metrics), "fingerprint": digest.hexdigest()[:16]}
     with atomic_folder(target) as scratch:
@@ -310,10 +310,10 @@ def save_labeller(
             shutil.copy(path, scratch / path.name)
         (scratch / GUIDELINE_FILE).write_text(guideline_source(recipe.guideline), encoding="utf-8")
         (scratch / CARD_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if evidence is not None:
-            (scratch / EVIDENCE_FILE).write_text(evidence.text(), encoding="utf-8")
-            if evidence.encoder:
-                shutil.copytree(evidence.encoder, scratch / ENCODER_FOLDER)
+        if head is not None:
+            (scratch / EVIDENCE_FILE).write_text(head.text(), encoding="utf-8")
+            if head.evidence.encoder:
+                shutil.copytree(head.evidence.encoder, scratch / ENCODER_FOLDER)
         if anchors is not None:
             write_anchors(scratch, anchors)
     return load_labeller_card(target)
@@ -373,8 +373,8 @@ def _readme(card: LabellerCard) -> str:
             "",
             f"Grades (query, product) pairs 0, 1 or 2 under guideline {card.guideline} (guideline.md).",
             f"Kind {card.kind}: {how}; pairs are cut to {card.max_tokens} tokens, segment ids are 0.",
-            f"Where there is an {EVIDENCE_FILE}, its head (embeddings/evidence.py of Assay) first reads words beside",
-            "the answer; without it the answers are as good as the model, and calibrated a little worse.",
+            f"Where there is an {EVIDENCE_FILE}, its head (embeddings/evidence.py of Assay) first weighs evidence",
+            "beside the answer; without it the answers are only as good as the model, and no longer calibrated.",
             f"Calibrate by `calibrations` of {CARD_FILE}, one for the judged pairs of each data set, '' for any other",
             "pairs: divide log probabilities by `temperature`, add `bias`, normalise; then map P(grade >= 1) through",
             "the knots of `relevant` and P(grade 2 given grade >= 1) through those of `exact`, straight lines between.",

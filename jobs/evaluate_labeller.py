@@ -42,6 +42,8 @@ from ray_apps.placements import LabelPlacement
 log = logging.getLogger(__name__)
 
 MEASURED_SPLITS = ("calibration", "test")
+VOTES = "votes"
+"""Name of the judge that answers the mean probabilities of all named labellers, as vote_grades does."""
 
 Judged = tuple[NDArray[np.float64], NDArray[np.int64]]
 """Calibrated probabilities of pairs, [N, 3], and their grades, [N]."""
@@ -55,7 +57,8 @@ class Inputs:
     catalog_product: job.TableVersion = "newest"
     annotation_consensus: job.TableVersion = "newest"
     labellers: Annotated[
-        tuple[str, ...], meaning("folders of labellers, below the lake or anywhere; none: the lake's newest")
+        tuple[str, ...],
+        meaning("folders of labellers, below the lake or anywhere; none: the lake's newest; of several also the votes"),
     ] = ()
     encoders: Annotated[
         tuple[str, ...], meaning("encoders whose cosines are judged too: pretrained, stage1, stage2 or folders")
@@ -110,6 +113,10 @@ def run(config: Config) -> RunRecord:
     for (dataset, name), answer_N3 in answers.items():
         calibrations = load_labeller_card(labellers[name]).calibrations
         judges[dataset, name] = answer_N3, grades_of(calibrations, [dataset] * len(answer_N3), answer_N3)
+    if len(answered) > 1:
+        joint_N3 = np.mean(list(answered.values()), axis=0)
+        for dataset, rows in rows_of.items():
+            judges[dataset, VOTES] = _at_people_s_rates(joint_N3[rows], graded[dataset])
     for name, folder in encoders.items():
         score_N = _cosines(pairs, folder)
         for dataset, rows in rows_of.items():
@@ -260,10 +267,19 @@ def _cosines(pairs: pa.Table, folder: str) -> NDArray[np.float64]:
 
 def _by_score(score_N: NDArray[np.float64], pairs: GradedPairs) -> Judged:
     """What a score stands for by the calibration pairs; without any, by the test pairs, in its favour."""
-    fitted_N = ~pairs.is_test_N if not pairs.is_test_N.all() else pairs.is_test_N
-    probability_N3 = score_probabilities(score_N[fitted_N], pairs.grade_N[fitted_N], score_N)
+    fitted_N = _fitted(pairs)
+    return _at_people_s_rates(score_probabilities(score_N[fitted_N], pairs.grade_N[fitted_N], score_N), pairs)
+
+
+def _at_people_s_rates(probability_N3: NDArray[np.float64], pairs: GradedPairs) -> Judged:
+    """The probabilities with grades by the cuts that suit the calibration pairs."""
+    fitted_N = _fitted(pairs)
     weight_N = query_weights(pairs.query_N[fitted_N].tolist())
     return probability_N3, Calibration(cuts=rate_cuts(probability_N3[fitted_N], weight_N)).grades(probability_N3)
+
+
+def _fitted(pairs: GradedPairs) -> NDArray[np.bool_]:
+    return ~pairs.is_test_N if not pairs.is_test_N.all() else pairs.is_test_N
 
 
 def _write(

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from numpy.typing import NDArray
 from conf.load import settings
 from embeddings.anchors import choose_anchors
 from embeddings.calibration import calibrate, fit_calibrations, grades_of, query_weights
-from embeddings.evidence import EvidenceHead, fit_evidence_head
+from embeddings.evidence import Evidence, EvidenceHead, GradedNumbers, GradeRegression, fit_evidence_head
+from embeddings.evidence_words import WordNumbers
 from embeddings.few_shot import choose_examples, with_examples
 from embeddings.guideline import labeller_product_text, load_guideline, products_of
 from embeddings.labeller import LabellerCard, LabellerRecipe, save_labeller
@@ -36,7 +38,7 @@ from ray_apps.placements import TunePlacement
 log = logging.getLogger(__name__)
 
 FOR_EVIDENCE = "evidence"
-"""Where a split's name would stand: pairs of validation queries that the evidence's head is fitted on besides."""
+"""Where a split's name would stand: random pairs of validation queries, by which the evidence is weighed besides."""
 MAX_BASELINE_PAIRS = 1000
 """Train pairs that the two thresholds of the cosine are fitted on; more hardly move them, and take a minute."""
 
@@ -77,8 +79,11 @@ def run(config: Config) -> RunRecord:
     counts |= {f"{split}_pairs": pc.sum(pc.equal(human["split"], split)).as_py() or 0 for split in ("train", "test")}
     log.info("tune_labeller: %s", counts)
     tuned = tune_labeller(pairs, recipe, config.placement, storage=storage, name=current.fingerprint)
-    head = evidence_head(pairs, tuned.probability_N3, recipe, os.path.join(storage, f"{current.fingerprint}-encoder"))
-    probability_N3, grade_N = with_evidence(head, human, tuned.probability_N3[: len(human)]), human["grade"].to_numpy()
+    gathered = gather_evidence(pairs, len(human), recipe, os.path.join(storage, f"{current.fingerprint}-encoder"))
+    head = gathered and evidence_head(gathered, tuned.probability_N3)
+    of_people = np.arange(len(human))
+    probability_N3 = with_evidence(head, gathered, of_people, tuned.probability_N3[: len(human)])
+    grade_N = human["grade"].to_numpy()
     datasets, split_N = human["dataset"].to_pylist(), human["split"].to_numpy()
     fitted = np.flatnonzero(split_N == "calibration")
     keys = human.take(fitted)
@@ -104,7 +109,7 @@ def run(config: Config) -> RunRecord:
         grade_token_ids=tuned.grade_token_ids,
         calibrations=calibrations,
         metrics=metrics,
-        evidence=head,
+        head=head,
         anchors=choose_anchors(human.take(fitted), calibrations[""](probability_N3[fitted])) if len(fitted) else None,
     )
     # the speed is no property of the labeller: equal labellers have equal folders
@@ -117,7 +122,8 @@ def run(config: Config) -> RunRecord:
             parted, rows = hold_out(pairs, fold_N == fold)
             answer_N3 = tune_labeller(parted, recipe, config.placement, storage=storage, name=name).probability_N3
             own = np.flatnonzero((fold_N == fold)[rows] & (rows < len(human)))
-            probability_N3[rows[own]] = with_evidence(head, parted.take(own), answer_N3[own])
+            unlearned = head and gathered and without_fold(head, gathered, fold_N == fold)
+            probability_N3[rows[own]] = with_evidence(unlearned, gathered, rows[own], answer_N3[own])
         calibrated_N3 = calibrate(calibrations, datasets, probability_N3)
         outputs[LABELLER_OOF.name] = write_folds(current, human, fold_N[: len(human)], calibrated_N3, card)
     record = current.finish(rows=counts["train_pairs"], outputs=outputs, counts=counts, metrics=metrics)
@@ -137,8 +143,8 @@ def with_few_shot(human: pa.Table, recipe: LabellerRecipe, path: str) -> Labelle
 
 
 def with_random(current: Run, human: pa.Table, recipe: LabellerRecipe) -> pa.Table:
-    """People's pairs, then random ones: of train queries, and of validation queries where evidence is a cosine."""
-    splits = ["train", "validation"] if recipe.evidence == "cosine" else ["train"]
+    """People's pairs, then random ones: of train queries, and of validation queries where evidence is weighed."""
+    splits = ["train"] if recipe.evidence == "none" else ["train", "validation"]
     weak = random_irrelevant(current, human, recipe, splits)
     split_of = dict(zip(human["query_hash"].to_pylist(), human["split"].to_pylist(), strict=True))
     splits = [split_of[query] for query in weak["query_hash"].to_pylist()]
@@ -147,41 +153,78 @@ def with_random(current: Run, human: pa.Table, recipe: LabellerRecipe) -> pa.Tab
     return pa.concat_tables([human, weak.select(human.column_names)])
 
 
-def evidence_head(
-    pairs: pa.Table, answer_N3: NDArray[np.floating], recipe: LabellerRecipe, folder: str
-) -> EvidenceHead | None:
-    """The head fitted on people's and random pairs of validation queries; None where those are few, or none is wanted.
+@dataclasses.dataclass(frozen=True)
+class GatheredEvidence:
+    """What is said of pairs beside a labeller's answers.
+
+    Attributes:
+        evidence: of the pairs' titles.
+        graded: numbers, raters' shares and weights, row by row as the pairs.
+        is_learned_N: marks those that an opinion is fitted on: people's, of train queries.
+        is_held_N: marks those by which answer and opinion are weighed: people's and random ones, of validation queries.
+    """
+
+    evidence: Evidence
+    graded: GradedNumbers
+    is_learned_N: NDArray[np.bool_]
+    is_held_N: NDArray[np.bool_]
+
+
+def gather_evidence(
+    pairs: pa.Table, num_human: int, recipe: LabellerRecipe, folder: str
+) -> GatheredEvidence | None:
+    """Evidence of all pairs of `with_random`; None where none is wanted.
 
     Args:
-        pairs: of `with_random`.
-        answer_N3: of the labeller, uncalibrated.
-        recipe: what the head reads.
-        folder: where the pretrained encoder is written whose cosine it reads, if it does.
+        pairs: of all splits.
+        num_human: how many of them people have graded, the first ones.
+        recipe: what is evidence.
+        folder: where the encoder that speaks is written, if one does.
     """
     from ray_apps.tune import target_shares
 
     if recipe.evidence == "none":
         return None
-    rows = np.flatnonzero(np.isin(pairs["split"].to_numpy(), ("validation", FOR_EVIDENCE)))
-    fitted = pairs.take(rows)
-    titles = dict(zip(pairs["product_hash"].to_pylist(), pairs["title"].to_pylist(), strict=True))
-    weight_N = query_weights(fitted["query_id"].to_pylist())
-    shares, encoder = target_shares(fitted, recipe), ""
-    if recipe.evidence == "cosine":
-        from embeddings.encoder import EncoderRecipe, build_pretrained, save_encoder
+    started = time.monotonic()
+    titles = list(dict(zip(pairs["product_hash"].to_pylist(), pairs["title"].to_pylist(), strict=True)).values())
+    evidence = Evidence(WordNumbers.of(titles))
+    if recipe.evidence == "encoder":
+        from embeddings.encoder import EncoderRecipe, build_pretrained
+        from embeddings.evidence_encoder import write_evidence_encoder
 
-        save_encoder(build_pretrained(EncoderRecipe(model=recipe.baseline_model)), folder, {})
-        encoder = folder
-    return fit_evidence_head(list(titles.values()), fitted, answer_N3[rows], shares, weight_N, encoder)
+        write_evidence_encoder(folder, build_pretrained(EncoderRecipe(model=recipe.baseline_model)), titles)
+        evidence = Evidence(evidence.words, folder)
+    weight_N = query_weights(pairs["query_id"].to_pylist())
+    graded = GradedNumbers(evidence.numbers_of(pairs), target_shares(pairs, recipe), weight_N)
+    log.info("tune_labeller: evidence of %d pairs in %.0f s", len(pairs), time.monotonic() - started)
+    split_N = pairs["split"].to_numpy()
+    is_learned_N = (split_N == "train") & (np.arange(len(pairs)) < num_human)
+    return GatheredEvidence(evidence, graded, is_learned_N, np.isin(split_N, ("validation", FOR_EVIDENCE)))
 
 
-def with_evidence(head: EvidenceHead | None, pairs: pa.Table, answer_N3: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Answers as the head reads them beside the pairs' words; as they are without one, or where they are none."""
-    read_N3 = np.array(answer_N3, dtype=np.float64)
-    if head is not None:
-        rows = np.flatnonzero(np.isfinite(read_N3).all(axis=1))
-        read_N3[rows] = head(read_N3[rows], head.numbers_of(pairs.take(rows)))
-    return read_N3
+def evidence_head(gathered: GatheredEvidence, answer_N3: NDArray[np.floating]) -> EvidenceHead | None:
+    """The head of all pairs' evidence and the labeller's uncalibrated answers to them; None where pairs are few."""
+    learned, held = (np.flatnonzero(rows) for rows in (gathered.is_learned_N, gathered.is_held_N))
+    graded = gathered.graded
+    return fit_evidence_head(gathered.evidence, graded.take(learned), graded.take(held), answer_N3[held])
+
+
+def without_fold(head: EvidenceHead, gathered: GatheredEvidence, is_in_fold_N: NDArray[np.bool_]) -> EvidenceHead:
+    """The head with the opinion of the other folds."""
+    others = gathered.graded.take(np.flatnonzero(gathered.is_learned_N & ~is_in_fold_N))
+    return dataclasses.replace(head, opinion=GradeRegression.fit(others))
+
+
+def with_evidence(
+    head: EvidenceHead | None,
+    gathered: GatheredEvidence | None,
+    rows: NDArray[np.intp],
+    answer_N3: NDArray[np.floating],
+) -> NDArray[np.float64]:
+    """Answers to some rows of the gathered pairs as the head weighs them, [N, 3]; as they are without one."""
+    if head is None or gathered is None:
+        return np.array(answer_N3, dtype=np.float64)
+    return head(answer_N3, gathered.graded.number_NF[rows])
 
 
 def folds_of(pairs: pa.Table, num_folds: int) -> NDArray[np.int32]:

@@ -258,8 +258,8 @@ def _head(folder: str, _fingerprint: str) -> EvidenceHead | None:
 
 
 def _with_evidence(pairs: pa.Table, head: EvidenceHead | None) -> pa.Table:
-    """The pairs with what their words say; with nothing where no head reads it."""
-    numbers = head.numbers_of(pairs).tolist() if head is not None else [[]] * len(pairs)
+    """The pairs with the numbers of their evidence; with none where no head weighs it."""
+    numbers = head.evidence.numbers_of(pairs).tolist() if head is not None else [[]] * len(pairs)
     return pairs.append_column("evidence", pa.array(numbers, pa.list_(pa.float64())))
 
 

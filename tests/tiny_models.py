@@ -13,6 +13,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from embeddings.evidence import Evidence, EvidenceHead, GradeRegression
+from embeddings.evidence_words import WORD_NUMBERS, WordNumbers
+
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -134,3 +137,11 @@ template: |
         encoding="utf-8",
     )
     return path
+
+
+def tiny_evidence_head(seen: int = 3) -> EvidenceHead:
+    """A head that weighs words a little; `seen` of nine titles hold the word shoe."""
+    words = len(WORD_NUMBERS)
+    opinion = GradeRegression((0.0,) * words, (9.0,) * words, *[(0.05,) * (4 * words + 1)] * 2)
+    weighing = GradeRegression((0.0,) * 4, (9.0,) * 4, *[(0.5,) * 17] * 2)
+    return EvidenceHead(Evidence(WordNumbers(9, {"shoe": seen})), opinion, weighing)

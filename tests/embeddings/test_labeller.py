@@ -16,7 +16,6 @@ from transformers import (
 
 from conf.load import ConfigError
 from embeddings.calibration import Calibration
-from embeddings.evidence import EvidenceHead
 from embeddings.guideline import SHARED_BLOCK_TOKENS, ProductFields, load_guideline
 from embeddings.labeller import (
     LabellerRecipe,
@@ -36,7 +35,7 @@ from embeddings.labeller_model import (
     read_first_token_alone,
     save_weights,
 )
-from tests.tiny_models import tiny_bert_folder, tiny_causal_lm_folder, tiny_guideline_file
+from tests.tiny_models import tiny_bert_folder, tiny_causal_lm_folder, tiny_evidence_head, tiny_guideline_file
 
 QUERIES = ["red shoe", "blue lamp", "green sofa", "red lamp"] * 6
 PRODUCTS = [
@@ -281,7 +280,7 @@ def test_a_saved_labeller_is_itself_again_and_its_fingerprint_follows_what_it_an
             grade_token_ids=(),
             calibrations={"": Calibration(temperature=t), "shop": Calibration(bias=(0.5, 0.0, 0.0))},
             metrics={"ece": 0.1},
-            evidence=EvidenceHead(9, {"shoe": seen}, [0.0] * 11, [1.0] * 11, [0.0] * 45) if seen else None,
+            head=tiny_evidence_head(seen) if seen else None,
         )
         for name, t, seen in (("a", 1.5, 0), ("b", 1.5, 0), ("c", 2.0, 0), ("d", 1.5, 3), ("e", 1.5, 4))
     ]

@@ -12,7 +12,9 @@ import ray_apps.label
 from conf.load import ConfigError, load_job
 from embeddings.anchors import ANCHOR_TEXTS, choose_anchors, read_anchors
 from embeddings.calibration import Calibration
-from embeddings.evidence import ENCODER_FOLDER, EvidenceHead
+from embeddings.evidence import ENCODER_FOLDER, Evidence, EvidenceHead, GradedNumbers, GradeRegression
+from embeddings.evidence_encoder import TITLES_FILE
+from embeddings.evidence_words import WordNumbers
 from embeddings.injections import ATTACKS
 from embeddings.labeller import LabellerRecipe, export_labeller, load_labeller_card, save_labeller
 from embeddings.labeller_evaluation import JudgeRecipe
@@ -219,6 +221,7 @@ def test_a_labeller_that_is_not_there_is_named(shop):
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_labeller_is_tuned_measured_and_kept(shop, tmp_path, monkeypatch):
+    monkeypatch.setattr("embeddings.evidence.PAIRS_FOR_OPINION", 1)
     monkeypatch.setattr("embeddings.evidence.PAIRS_FOR_HEAD", 1)
     recipe = LabellerRecipe(
         model=str(tiny_bert_folder(tmp_path / "model")),
@@ -226,7 +229,7 @@ def test_the_labeller_is_tuned_measured_and_kept(shop, tmp_path, monkeypatch):
         max_tokens=32,
         epochs=1,
         random_irrelevant_per_query=2,
-        evidence="cosine",
+        evidence="encoder",
         folds=2,
     )
     placement = TunePlacement(ray=RayPlacement(address="local", num_cpus=2), threads_per_worker=1)
@@ -241,8 +244,8 @@ def test_the_labeller_is_tuned_measured_and_kept(shop, tmp_path, monkeypatch):
             assert -1 <= record.metrics[f"{prefix}{name}"] <= 1
     folder = shop.path(record.outputs["labeller"])
     assert len(read_anchors(folder)) == 8
-    assert EvidenceHead.load(folder).encoder == str(Path(folder, ENCODER_FOLDER))
-    assert Path(folder, ENCODER_FOLDER, "modules.json").is_file()
+    assert EvidenceHead.load(folder).evidence.encoder == str(Path(folder, ENCODER_FOLDER))
+    assert {"modules.json", TITLES_FILE} <= {path.name for path in Path(folder, ENCODER_FOLDER).iterdir()}
     assert label_pairs.run(config_of(shop, folder)).counts["labelled"] == 54
     export_labeller(folder, str(tmp_path / "exported"))
     assert read_anchors(tmp_path / "exported") is None
@@ -257,7 +260,7 @@ def test_the_labeller_is_tuned_measured_and_kept(shop, tmp_path, monkeypatch):
 
 
 def test_random_pairs_follow_the_splits_of_the_pairs_that_they_are_drawn_for(shop):
-    config = tune_labeller.Config(lake=shop.root, recipe=LabellerRecipe(evidence="cosine"))
+    config = tune_labeller.Config(lake=shop.root, recipe=LabellerRecipe(evidence="words"))
     current = job.begin(config, "tune_labeller")
     consensus = labelling.read(current, ANNOTATION_CONSENSUS, [*labelling.PAIR, *labelling.GRADED])
     human = labelling.with_texts(current, consensus)
@@ -273,6 +276,22 @@ def test_random_pairs_follow_the_splits_of_the_pairs_that_they_are_drawn_for(sho
     split_of = dict(zip(human["query_id"].to_pylist(), human["split"].to_pylist(), strict=True))
     for query, split in zip(drawn["query_id"].to_pylist(), drawn["split"].to_pylist(), strict=True):
         assert split_of[query] == {"train": "train", tune_labeller.FOR_EVIDENCE: "validation"}[split]
+
+
+def test_a_fold_s_opinion_has_not_learned_its_pairs():
+    rng = np.random.default_rng(0)
+    number_NE, share_N2 = rng.normal(size=(40, 2)), np.sort(rng.random((40, 2)))[:, ::-1]
+    graded = GradedNumbers(number_NE, share_N2, np.ones(40))
+    is_learned_N, fold_N = np.arange(40) < 30, np.arange(40) % 3
+    gathered = tune_labeller.GatheredEvidence(Evidence(WordNumbers(1, {})), graded, is_learned_N, ~is_learned_N)
+    head = EvidenceHead(gathered.evidence, GradeRegression.fit(graded), GradeRegression.fit(graded))
+
+    found = tune_labeller.without_fold(head, gathered, fold_N == 1)
+
+    share_N2[fold_N == 1] = 0.5
+    assert found.opinion == GradeRegression.fit(graded.take(np.flatnonzero(is_learned_N & (fold_N != 1))))
+    assert found.opinion == tune_labeller.without_fold(head, gathered, fold_N == 1).opinion
+    assert found.weighing == head.weighing
 
 
 def test_a_fold_s_labeller_sees_none_of_its_queries():
@@ -358,6 +377,30 @@ def test_judges_are_measured_side_by_side_on_test_queries(shop, labeller, tmp_pa
     assert name in html
     assert "ece of a perfect judge" in html
     assert "http" not in html.replace("http://www.w3.org", "")
+
+
+def test_of_several_labellers_the_votes_are_a_judge_too(shop, labeller, tmp_path):
+    recipe, other = LabellerRecipe(model=str(tmp_path / "model"), max_tokens=32), str(tmp_path / "other")
+    leaning = {"": Calibration(bias=(3.0, 0.0, 0.0))}
+    save_labeller(tmp_path / "weights", other, recipe, grade_token_ids=(), calibrations=leaning, metrics={})
+    measured = {}
+
+    for folders in ((labeller, other), (labeller,), (other,)):
+        config = evaluate_labeller.Config(
+            lake=shop.root,
+            inputs=evaluate_labeller.Inputs(labellers=folders),
+            recipe=evaluate_labeller.EvaluateRecipe(judges=JudgeRecipe(resamples=20)),
+            placement=evaluate_labeller.Placement(label=TORCH),
+        )
+        run_id = evaluate_labeller.run(config).run_id
+        rows = [row for row in tables.rows(shop, LABELLER_EVALUATION).to_pylist() if row["run_id"] == run_id]
+        measured |= {row["judge"]: dict(row["metrics"]) for row in rows if row["slice"] == ""}
+
+    names = {f"classifier {load_labeller_card(folder).fingerprint}" for folder in (labeller, other)}
+    assert set(measured) == names | {evaluate_labeller.VOTES, "commonest grade"}
+    # the log loss of a mean lies below the mean of the log losses
+    alone = sum(measured[name]["nll"] for name in names) / 2
+    assert measured[evaluate_labeller.VOTES]["nll"] < alone - 0.01
 
 
 def test_a_data_set_s_own_calibration_is_that_of_its_judged_pairs_and_of_files_that_name_it(shop, labeller, tmp_path):

@@ -7,7 +7,6 @@ import pytest
 
 from conf.load import ConfigError
 from embeddings.calibration import Calibration
-from embeddings.evidence import EvidenceHead
 from embeddings.guideline import SHARED_BLOCK_TOKENS, load_guideline
 from embeddings.labeller import LabellerCard, LabellerRecipe, PairEncoder, load_pair_encoder, save_labeller
 from embeddings.labeller_model import build_labeller, save_weights
@@ -15,12 +14,12 @@ from embeddings.text import TextRecipe
 from ray_apps.cluster import RayPlacement
 from ray_apps.label import _answer, _engine_config, check_servable, label_pairs
 from ray_apps.placements import LabelPlacement
-from tests.tiny_models import tiny_bert_folder, tiny_causal_lm_folder, tiny_guideline_file
+from tests.tiny_models import tiny_bert_folder, tiny_causal_lm_folder, tiny_evidence_head, tiny_guideline_file
 
 RAY = RayPlacement(address="local", num_cpus=2)
 
 
-def labeller_folder(tmp_path, kind, *, width=64, evidence=None):
+def labeller_folder(tmp_path, kind, *, width=64, head=None):
     model = (
         tiny_bert_folder(tmp_path / "model", width=width)
         if kind == "classifier"
@@ -40,7 +39,7 @@ def labeller_folder(tmp_path, kind, *, width=64, evidence=None):
         grade_token_ids=ids,
         calibrations={"": Calibration(temperature=1.4)},
         metrics={},
-        evidence=evidence,
+        head=head,
     )
     return target
 
@@ -48,8 +47,7 @@ def labeller_folder(tmp_path, kind, *, width=64, evidence=None):
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("kind", ["classifier", "generative"])
 def test_the_engine_gives_the_probabilities_of_plain_torch(tmp_path, kind):
-    head = EvidenceHead(9, {"shoe": 3}, [0.0] * 11, [1.0] * 11, [0.01] * 45)
-    folder = labeller_folder(tmp_path, kind, evidence=head if kind == "classifier" else None)
+    folder = labeller_folder(tmp_path, kind, head=tiny_evidence_head() if kind == "classifier" else None)
     pairs = pa.table(
         {
             "address": [f"a{row:02d}" for row in range(40)],
