@@ -1,4 +1,4 @@
-"""Evidence beside a labeller's answer: a second opinion of a pair by what words and an encoder say, and the head that weighs both.
+"""Evidence beside a labeller's answer: a second opinion by words and an encoder, and the head that weighs both.
 
 A fine-tuned model reads a pair alone: neither how rare a word of the query is in the shop, nor that a misspelt word
 stands a letter away from one of the title, nor whether the shop has much that is closer to the query. Numbers say it
@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from embeddings.evidence_words import WORD_NUMBERS, WordNumbers
+from embeddings.evidence_words import WordNumbers
 from embeddings.guideline import ProductFields, neutralise, products_of
 
 if TYPE_CHECKING:
@@ -201,7 +201,8 @@ def fit_evidence_head(
 def _answer_and_opinion(answer_N3: NDArray[np.floating], opinion_N2: NDArray[np.float64]) -> NDArray[np.float64]:
     """Logits of P(grade >= 1) and of P(grade 2 given grade >= 1), of both, [N, 4]."""
     zero_N, one_N, two_N = np.maximum(answer_N3.astype(np.float64), _SMALLEST).T
-    return np.concatenate([np.stack([np.log((one_N + two_N) / zero_N), np.log(two_N / one_N)], axis=1), opinion_N2], axis=1)
+    answer_N2 = np.stack([np.log((one_N + two_N) / zero_N), np.log(two_N / one_N)], axis=1)
+    return np.concatenate([answer_N2, opinion_N2], axis=1)
 
 
 def _fit(

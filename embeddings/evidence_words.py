@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -89,7 +90,7 @@ class WordNumbers:
         everywhere = known.union(*map(units, product[1:]))
         total = sum(rareness) or 1.0
         numbers = [word for word in asked if word[0].isdigit()]
-        neighbours = set(zip(title, title[1:], strict=False))
+        neighbours = set(pairwise(title))
         return [
             min(likeness),
             sum(map(float.__mul__, likeness, rareness)) / total,
@@ -99,7 +100,7 @@ class WordNumbers:
             max((rare for rare, there in zip(rareness, is_there, strict=True) if not there), default=0.0),
             sum(is_there) / len(is_there),
             sum(rare for word, rare in zip(asked, rareness, strict=False) if word in everywhere) / total,
-            _mean([pair in neighbours for pair in zip(asked, asked[1:], strict=False)]),
+            _mean([pair in neighbours for pair in pairwise(asked)]),
             _mean([first[word] / len(title) for word in asked if word in first]),
             float(len(asked)),
             float(len(numbers)),

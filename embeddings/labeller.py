@@ -115,8 +115,8 @@ class LabellerRecipe:
     evidence: Annotated[
         Literal["none", "words", "encoder"],
         meaning(
-            "what is weighed beside the answer, where train pairs are 1,000: words, their rarity and likeness; encoder, "
-            "what baseline_model says of tokens and neighbours besides, which costs what a small labeller does"
+            "what is weighed beside the answer where train pairs are 1,000: words, their rarity and likeness; encoder, "
+            "besides what baseline_model says of tokens and neighbours, which costs what a small labeller does"
         ),
     ] = "words"
     few_shot_per_grade: Annotated[

@@ -80,7 +80,7 @@ def run(config: Config) -> RunRecord:
     log.info("tune_labeller: %s", counts)
     tuned = tune_labeller(pairs, recipe, config.placement, storage=storage, name=current.fingerprint)
     gathered = gather_evidence(pairs, len(human), recipe, os.path.join(storage, f"{current.fingerprint}-encoder"))
-    head = gathered and evidence_head(gathered, tuned.probability_N3)
+    head = evidence_head(gathered, tuned.probability_N3)
     of_people = np.arange(len(human))
     probability_N3 = with_evidence(head, gathered, of_people, tuned.probability_N3[: len(human)])
     grade_N = human["grade"].to_numpy()
@@ -122,7 +122,7 @@ def run(config: Config) -> RunRecord:
             parted, rows = hold_out(pairs, fold_N == fold)
             answer_N3 = tune_labeller(parted, recipe, config.placement, storage=storage, name=name).probability_N3
             own = np.flatnonzero((fold_N == fold)[rows] & (rows < len(human)))
-            unlearned = head and gathered and without_fold(head, gathered, fold_N == fold)
+            unlearned = without_fold(head, gathered, fold_N == fold)
             probability_N3[rows[own]] = with_evidence(unlearned, gathered, rows[own], answer_N3[own])
         calibrated_N3 = calibrate(calibrations, datasets, probability_N3)
         outputs[LABELLER_OOF.name] = write_folds(current, human, fold_N[: len(human)], calibrated_N3, card)
@@ -170,9 +170,7 @@ class GatheredEvidence:
     is_held_N: NDArray[np.bool_]
 
 
-def gather_evidence(
-    pairs: pa.Table, num_human: int, recipe: LabellerRecipe, folder: str
-) -> GatheredEvidence | None:
+def gather_evidence(pairs: pa.Table, num_human: int, recipe: LabellerRecipe, folder: str) -> GatheredEvidence | None:
     """Evidence of all pairs of `with_random`; None where none is wanted.
 
     Args:
@@ -202,15 +200,21 @@ def gather_evidence(
     return GatheredEvidence(evidence, graded, is_learned_N, np.isin(split_N, ("validation", FOR_EVIDENCE)))
 
 
-def evidence_head(gathered: GatheredEvidence, answer_N3: NDArray[np.floating]) -> EvidenceHead | None:
+def evidence_head(gathered: GatheredEvidence | None, answer_N3: NDArray[np.floating]) -> EvidenceHead | None:
     """The head of all pairs' evidence and the labeller's uncalibrated answers to them; None where pairs are few."""
+    if gathered is None:
+        return None
     learned, held = (np.flatnonzero(rows) for rows in (gathered.is_learned_N, gathered.is_held_N))
     graded = gathered.graded
     return fit_evidence_head(gathered.evidence, graded.take(learned), graded.take(held), answer_N3[held])
 
 
-def without_fold(head: EvidenceHead, gathered: GatheredEvidence, is_in_fold_N: NDArray[np.bool_]) -> EvidenceHead:
+def without_fold(
+    head: EvidenceHead | None, gathered: GatheredEvidence | None, is_in_fold_N: NDArray[np.bool_]
+) -> EvidenceHead | None:
     """The head with the opinion of the other folds."""
+    if head is None or gathered is None:
+        return None
     others = gathered.graded.take(np.flatnonzero(gathered.is_learned_N & ~is_in_fold_N))
     return dataclasses.replace(head, opinion=GradeRegression.fit(others))
 

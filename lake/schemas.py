@@ -454,7 +454,11 @@ LABELLER_EVALUATION = TableSpec(
     (
         _RUN,
         _DATASET,
-        Column("judge", STRING, "labeller by kind and fingerprint, votes of several, cosine of an encoder, or the commonest grade"),
+        Column(
+            "judge",
+            STRING,
+            "labeller by kind and fingerprint, votes of all, cosine of an encoder, or the commonest grade",
+        ),
         Column("slice", STRING, "slice of the test pairs; empty for all; or 'injection: ' and the attack"),
         Column("num_pairs", INT64, "pairs measured", "pairs"),
         Column("num_queries", INT64, "their queries", "queries", nullable=True),

@@ -101,7 +101,8 @@ def test_a_pair_counts_as_its_weight():
     # a regression with a free constant has the weighted rates of what it was fitted on
     relevant_N, exact_N = (1 / (1 + np.exp(-logit_N2))).T
     is_relevant_N = GRADE_N > 0
-    assert np.average(relevant_N, weights=weight_N) == pytest.approx(np.average(is_relevant_N, weights=weight_N), abs=1e-3)
+    relevant_rate = np.average(is_relevant_N, weights=weight_N)
+    assert np.average(relevant_N, weights=weight_N) == pytest.approx(relevant_rate, abs=1e-3)
     weights = weight_N[is_relevant_N]
     exact_rate = np.average(GRADE_N[is_relevant_N] == 2, weights=weights)
     assert np.average(exact_N[is_relevant_N], weights=weights) == pytest.approx(exact_rate, abs=1e-3)
