@@ -12,6 +12,7 @@ from embeddings.calibration import PROBABILITIES
 from embeddings.labeller import LabellerCard
 from embeddings.labeller_report import SHOWN, interval_cell
 from embeddings.metrics import Interval
+from jobs.grading import STRONGER
 from lake import tables
 from lake.schemas import CATALOG_PRODUCT, LABELLER_EVALUATION, PAIR_GRADE, QUERY
 from lake.storage import Lake
@@ -71,7 +72,10 @@ def plan_rows(counts: Mapping[str, int], metrics: Mapping[str, float]) -> list[l
     taken = {name: metrics.get(name, 0.0) for name in ("engine_hours", "cost")}
     taken |= {"asked": float(counts["asked"]), "tokens": counts["asked"] * metrics.get("tokens_per_pair", 0.0)}
     rows = []
-    for name, own in PLANNED.items():
+    names = dict(PLANNED)
+    if "planned_stronger_pairs" in metrics:
+        names["stronger_pairs"], taken["stronger"] = "stronger", float(counts[f"{STRONGER}asked"])
+    for name, own in names.items():
         planned, value = metrics[f"planned_{name}"], taken[own]
         off = f"{value / planned - 1:+.1%}" if planned else "-"
         rows.append([name.replace("_", "-"), f"{planned:,.4g}", f"{value:,.4g}", off])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from embeddings.labeller import load_pair_encoder
 from jobs import labelling
+from jobs.grading import STRONGER, GradingRecipe, expected_squared_error
 from lake import runs
 from lake.runs import Run
 from ray_apps.placements import LabelPlacement
@@ -18,10 +20,12 @@ from ray_apps.placements import LabelPlacement
 SAMPLE_PAIRS = 500
 """Pairs whose tokens are counted."""
 TIMED_PAIRS = 128
-"""Of those, pairs that are graded where no run has measured this labeller yet."""
+"""Of those, pairs that are graded where no run has measured a labeller yet, or to see how many are abstentions."""
 LEAST_ASKED = 200
 """Pairs that a run must have asked for its rate to count."""
 SAMPLE = "a sample, graded by torch in this process"
+Role = Literal["labeller", "stronger"]
+"""Name of the input that says which labeller it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +38,13 @@ class CostPlan:
         tokens_per_pair: mean of a sample.
         tokens_per_sec: of all engines.
         start_sec: until the engine's first answers.
-        engine_hours: of all engines together; GPU-hours where they have graphics cards.
-        cost: in `currency`; 0 where `placement.price_per_hour` is not given.
+        engine_hours: of all engines together, the stronger labeller's among them; GPU-hours where they have graphics
+            cards.
+        cost: of these, in `currency`; 0 where `placement.price_per_hour` is not given.
         measured_by: the run whose rate this is, or `SAMPLE`.
         on_gpu: whether the engines have graphics cards.
+        abstaining: share of the pairs that will go to the stronger labeller, of a sample; 0 without one.
+        stronger: what those will take; None without one.
     """
 
     pairs: int
@@ -50,15 +57,29 @@ class CostPlan:
     currency: str
     measured_by: str
     on_gpu: bool
+    abstaining: float = 0.0
+    stronger: CostPlan | None = None
 
     def metrics(self) -> dict[str, float]:
         """For the run record, beside what it took then."""
         names = ("pairs", "tokens", "engine_hours", "cost")
-        return {f"planned_{name}": float(getattr(self, name)) for name in names}
+        found = {f"planned_{name}": float(getattr(self, name)) for name in names}
+        return found | ({"planned_stronger_pairs": float(self.stronger.pairs)} if self.stronger else {})
+
+    @property
+    def sec_per_pair(self) -> float:
+        """Of all engines, the stronger labeller's share in it."""
+        own = self.tokens_per_pair / self.tokens_per_sec
+        return own + (self.abstaining * self.stronger.sec_per_pair if self.stronger else 0.0)
 
 
 def plan_cost(
-    current: Run, waiting: pa.Table, texts: labelling.PairTexts, folder: str, placement: LabelPlacement
+    current: Run,
+    waiting: pa.Table,
+    texts: labelling.PairTexts,
+    folders: tuple[str, str],
+    recipe: GradingRecipe,
+    placement: LabelPlacement,
 ) -> CostPlan:
     """The plan for pairs that are not in the ledger.
 
@@ -66,68 +87,85 @@ def plan_cost(
         current: the run that would grade them.
         waiting: keys of `texts`.
         texts: that they refer to.
-        folder: of the labeller.
+        folders: of the labeller and of the stronger one that abstentions go to, empty for none.
+        recipe: what is an abstention.
         placement: engine and price.
     """
     if not len(waiting):
-        return _plan(placement, 0, 0.0, _Rate(0.0, 0.0, ""))
+        return _plan(placement, 0, _Judge(0.0, 1.0, 0.0, ""))
     rows = np.unique(np.linspace(0, len(waiting) - 1, min(SAMPLE_PAIRS, len(waiting))).astype(np.int64))
     sample = texts.take(waiting.take(pa.array(rows)))
-    tokens = [len(pair) for pair in load_pair_encoder(folder).encode_rows(sample)]
-    rate = _measured(current, placement, placement.engine_for(len(waiting)))
-    if rate is None:
-        few = sample.slice(0, TIMED_PAIRS)
-        rate = _Rate(sum(tokens[: len(few)]) / _timed(few, folder), 0.0, SAMPLE)
-    return _plan(placement, len(waiting), float(np.mean(tokens)), rate)
+    first = _judge(current, "labeller", sample, len(waiting), folders[0], placement)
+    if not folders[1]:
+        return _plan(placement, len(waiting), first)
+    answer_N3, _ = _graded(sample.slice(0, TIMED_PAIRS), folders[0])
+    answer_N3 = answer_N3[np.isfinite(answer_N3).all(axis=1)]
+    doubtful_N = expected_squared_error(answer_N3, answer_N3.argmax(axis=1)) > recipe.abstain_risk
+    abstaining = float(doubtful_N.mean()) if len(doubtful_N) else 0.0
+    expected = max(1, round(len(waiting) * abstaining))
+    second = _judge(current, "stronger", sample, expected, folders[1], placement)
+    return _plan(placement, len(waiting), first, abstaining, second)
 
 
-class _Rate(NamedTuple):
-    """Tokens per second of all engines, seconds until their first answers, and who measured it."""
+class _Judge(NamedTuple):
+    """What a pair takes: its tokens, those that all engines do in a second, seconds until their first answers."""
 
+    tokens_per_pair: float
     tokens_per_sec: float
     start_sec: float
     by: str
 
 
-def _plan(placement: LabelPlacement, pairs: int, tokens_per_pair: float, rate: _Rate) -> CostPlan:
-    tokens = round(pairs * tokens_per_pair)
-    seconds = rate.start_sec + tokens / rate.tokens_per_sec if pairs else 0.0
+def _plan(
+    placement: LabelPlacement, pairs: int, judge: _Judge, abstaining: float = 0.0, stronger: _Judge | None = None
+) -> CostPlan:
+    second = _plan(placement, round(pairs * abstaining), stronger) if stronger else None
+    tokens = round(pairs * judge.tokens_per_pair)
+    seconds = judge.start_sec + tokens / judge.tokens_per_sec if pairs else 0.0
     return CostPlan(
         pairs=pairs,
         tokens=tokens,
-        tokens_per_pair=tokens_per_pair,
-        tokens_per_sec=rate.tokens_per_sec,
-        start_sec=rate.start_sec,
-        engine_hours=seconds * placement.num_engines / 3600,
-        cost=placement.cost(seconds),
+        tokens_per_pair=judge.tokens_per_pair,
+        tokens_per_sec=judge.tokens_per_sec,
+        start_sec=judge.start_sec,
+        engine_hours=seconds * placement.num_engines / 3600 + (second.engine_hours if second else 0.0),
+        cost=placement.cost(seconds) + (second.cost if second else 0.0),
         currency=placement.currency,
-        measured_by=rate.by,
+        measured_by=judge.by,
         on_gpu=placement.use_gpu,
+        abstaining=abstaining,
+        stronger=second,
     )
 
 
-def _measured(current: Run, placement: LabelPlacement, engine: str) -> _Rate | None:
-    """The rate of the newest run with this labeller on this kind of engine, for as many engines as are asked for."""
+def _judge(
+    current: Run, role: Role, sample: pa.Table, num_pairs: int, folder: str, placement: LabelPlacement
+) -> _Judge:
+    """By the newest run with this labeller on this kind of engine, for as many engines, or by a sample."""
+    tokens = [len(pair) for pair in load_pair_encoder(folder).encode_rows(sample)]
+    per_pair, engine = float(np.mean(tokens)), placement.engine_for(num_pairs)
     for record in reversed(runs.records(current.lake)):
-        found = record.metrics
-        is_same = (
-            record.inputs.get("labeller") == current.inputs["labeller"]
-            and record.counts.get("asked", 0) >= LEAST_ASKED
-            and (found["is_vllm"], found["on_gpu"]) == (engine == "vllm", placement.use_gpu)
-        )
-        if is_same:
-            engines = placement.num_engines / found["num_engines"]
-            return _Rate(found["tokens_per_sec"] * engines, found["start_sec"], f"run {record.run_id}")
-    return None
+        for other, prefix in (("labeller", ""), ("stronger", STRONGER)):
+            found = {name[len(prefix) :]: value for name, value in record.metrics.items() if name.startswith(prefix)}
+            is_same = (
+                record.inputs.get(other) == current.inputs[role]
+                and record.counts.get(f"{prefix}asked", 0) >= LEAST_ASKED
+                and (found["is_vllm"], found["on_gpu"]) == (engine == "vllm", placement.use_gpu)
+            )
+            if is_same:
+                engines = placement.num_engines / found["num_engines"]
+                return _Judge(per_pair, found["tokens_per_sec"] * engines, found["start_sec"], f"run {record.run_id}")
+    few = sample.slice(0, TIMED_PAIRS)
+    return _Judge(per_pair, sum(tokens[: len(few)]) / _graded(few, folder)[1], 0.0, SAMPLE)
 
 
-def _timed(sample: pa.Table, folder: str) -> float:
-    """Seconds that torch takes for the sample in this process, its start apart."""
+def _graded(sample: pa.Table, folder: str) -> tuple[NDArray[np.float64], float]:
+    """Answers of torch in this process, and the seconds that it takes for them, its start apart."""
     own = LabelPlacement(engine="torch")
     labelling.graded_in_order(sample.slice(0, 8), folder, own)
     began = time.monotonic()
-    labelling.graded_in_order(sample, folder, own)
-    return max(time.monotonic() - began, 1e-9)
+    answer_N3 = labelling.graded_in_order(sample, folder, own)
+    return answer_N3, max(time.monotonic() - began, 1e-9)
 
 
 def affordable(plan: CostPlan, placement: LabelPlacement, *, max_pairs: int, max_hours: float, max_cost: float) -> int:
@@ -136,16 +174,21 @@ def affordable(plan: CostPlan, placement: LabelPlacement, *, max_pairs: int, max
     hours = [max_hours] if max_hours else []
     if max_cost and placement.price_per_hour:
         hours.append(max_cost / placement.price_per_hour)
+    start_sec = plan.start_sec + (plan.stronger.start_sec if plan.stronger else 0.0)
     for bound in hours:
-        seconds = bound * 3600 / placement.num_engines - plan.start_sec
-        allowed = min(allowed, max(0.0, seconds * plan.tokens_per_sec / max(plan.tokens_per_pair, 1e-9)))
+        seconds = bound * 3600 / placement.num_engines - start_sec
+        allowed = min(allowed, max(0.0, seconds / max(plan.sec_per_pair, 1e-9)))
     return min(plan.pairs, int(allowed))
 
 
 def scaled(plan: CostPlan, pairs: int, placement: LabelPlacement) -> CostPlan:
     """The plan for some of its pairs."""
-    rate = _Rate(plan.tokens_per_sec, plan.start_sec, plan.measured_by)
-    return _plan(placement, pairs, plan.tokens_per_pair, rate)
+    judges = [
+        _Judge(own.tokens_per_pair, own.tokens_per_sec, own.start_sec, own.measured_by)
+        for own in (plan, plan.stronger)
+        if own is not None
+    ]
+    return _plan(placement, pairs, judges[0], plan.abstaining, *judges[1:])
 
 
 def render(plan: CostPlan) -> str:
@@ -153,12 +196,21 @@ def render(plan: CostPlan) -> str:
     if not plan.pairs:
         return "nothing to grade: every pair is in the ledger, or the budget allows none"
     money = f"{plan.cost:,.4g} {plan.currency}" if plan.cost else "unknown; give placement.price_per_hour"
+    lines = [*_facts(plan)]
+    if plan.stronger:
+        lines += ["to the stronger labeller", *(f"  {line}" for line in _facts(plan.stronger)), "both"]
     return "\n".join(
         [
-            f"pairs          {plan.pairs:,}",
-            f"tokens         {plan.tokens:,} ({plan.tokens_per_pair:.1f} a pair)",
-            f"tokens/s       {plan.tokens_per_sec:,.0f}, measured by {plan.measured_by}",
+            *lines,
             f"{'GPU-hours' if plan.on_gpu else 'engine-hours':<14} {plan.engine_hours:.4g}",
             f"money          {money}",
         ]
     )
+
+
+def _facts(plan: CostPlan) -> list[str]:
+    return [
+        f"pairs          {plan.pairs:,}",
+        f"tokens         {plan.tokens:,} ({plan.tokens_per_pair:.1f} a pair)",
+        f"tokens/s       {plan.tokens_per_sec:,.0f}, measured by {plan.measured_by}",
+    ]

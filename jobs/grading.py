@@ -38,6 +38,8 @@ ANCHOR = "anchor-"
 """Before the number of an anchor, where a pair's number would stand."""
 BLOCK_PAIRS = 10_000
 """Pairs whose texts are put together at a time."""
+STRONGER = "stronger/"
+"""What names of the stronger labeller's counts and metrics begin with."""
 LEDGER_KEYS = (*labelling.PAIR, "query_hash", "product_hash", "address")
 
 
@@ -204,7 +206,7 @@ def grade_with_stronger(
     folders: tuple[str, str],
     recipe: GradingRecipe,
     placement: LabelPlacement,
-) -> tuple[Graded, int, dict[str, int]]:
+) -> tuple[Graded, Graded, dict[str, int]]:
     """Grades pairs, and puts those on which the labeller abstains before a stronger one, whose rows supersede its own.
 
     Asking pays where a grade's expected squared error times what such an error costs is more than the answer costs.
@@ -219,18 +221,28 @@ def grade_with_stronger(
         placement: engine and portions.
 
     Returns:
-        What the first labeller did, rows written by both, and the counts of both.
+        What the first labeller did, what the stronger one did, and the counts of both.
     """
     found = grade_pairs(current, keys, texts, folders[0], recipe, placement)
     if not folders[1]:
-        return found, found.labelled, found.counts()
+        return found, Graded(), found.counts()
     held = ledger.rows_at(current.lake, keys["address"], ["grade", *PROBABILITIES])
     is_doubtful = expected_squared_error(probabilities_of(held), held["grade"].to_numpy()) > recipe.abstain_risk
     doubtful = keys.take(held["row"].filter(pa.array(is_doubtful, pa.bool_()))).drop_columns(["address"])
     doubtful = addressed(doubtful, load_labeller_card(folders[1]))
     second = grade_pairs(current, doubtful, texts, folders[1], recipe, placement)
-    counts = found.counts() | {f"stronger/{name}": value for name, value in second.counts().items()}
-    return found, found.labelled + second.labelled, counts
+    counts = found.counts() | {f"{STRONGER}{name}": value for name, value in second.counts().items()}
+    return found, second, counts
+
+
+def cascade_metrics(found: Graded, second: Graded, placement: LabelPlacement) -> dict[str, float]:
+    """For the run record: the first labeller's, the stronger one's under its prefix; hours and money of both."""
+    first, other = found.metrics(placement), second.metrics(placement)
+    metrics = first | {f"{STRONGER}{name}": value for name, value in other.items()}
+    for name in ("engine_hours", "cost"):
+        if name in first or name in other:
+            metrics[name] = first.get(name, 0.0) + other.get(name, 0.0)
+    return metrics
 
 
 Part = tuple[NDArray[np.int64], pa.Table]

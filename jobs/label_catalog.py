@@ -27,7 +27,7 @@ from jobs import cost, job, labelling, models
 from jobs.catalog_report import catalog_page
 from jobs.cost import CostPlan
 from jobs.embed_catalog import Catalog, EmbedPlacement, EmbedRecipe, embed, read_catalogs
-from jobs.grading import GradingRecipe, addressed, grade_with_stronger, waiting_pairs
+from jobs.grading import GradingRecipe, addressed, cascade_metrics, grade_with_stronger, waiting_pairs
 from lake import tables
 from lake.ledger import graded_by_people
 from lake.runs import Run, RunRecord
@@ -122,10 +122,10 @@ def run(config: Config) -> RunRecord:
     log.info("label_catalog: the plan\n%s", cost.render(night.plan))
     folders, recipe = labelling.labeller_folders(current.lake, config.inputs), config.recipe.grading
     asked = night.waiting.slice(0, night.plan.pairs).select(night.keys.column_names)
-    found, rows, counts = grade_with_stronger(current, asked, texts, folders, recipe, config.placement.label)
+    found, second, counts = grade_with_stronger(current, asked, texts, folders, recipe, config.placement.label)
     counts = night.counts | counts | {"reused": len(night.keys) - len(night.waiting)}
     counts["over_budget"] = len(night.waiting) - night.plan.pairs
-    metrics = found.metrics(config.placement.label) | night.plan.metrics()
+    metrics = cascade_metrics(found, second, config.placement.label) | night.plan.metrics()
     page = f"reports/catalog-{current.run_id}.html"
     subtitle = f"run {current.run_id}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     html = catalog_page(
@@ -133,7 +133,7 @@ def run(config: Config) -> RunRecord:
     )
     replace_text(current.lake.path(page), html)
     return current.finish(
-        rows=rows,
+        rows=found.labelled + second.labelled,
         outputs={
             CATALOG_CANDIDATE.name: written,
             PAIR_GRADE.name: tables.version(current.lake, PAIR_GRADE) or 0,
@@ -154,14 +154,14 @@ def plan(config: Config) -> CostPlan:
 def prepare(current: Run, texts: labelling.PairTexts, config: Config) -> Night:
     """Finds the candidates, sorts out what the ledger holds, and plans the rest."""
     candidates, counts = find_candidates(current, config)
-    folder = labelling.labeller_folder(current.lake, config.inputs.labeller)
+    folders = labelling.labeller_folders(current.lake, config.inputs)
     keys = texts.keys(candidates.select([*labelling.PAIR, "relevance", "demand", "value", "sources"]))
-    keys = addressed(keys, load_labeller_card(folder)).sort_by([("value", "descending"), ("address", "ascending")])
+    keys = addressed(keys, load_labeller_card(folders[0])).sort_by([("value", "descending"), ("address", "ascending")])
     by_people = graded_by_people(current.lake, keys["query_hash"], keys["product_hash"])
     counts["graded_by_people"] = int(by_people.sum())
     keys = keys.filter(pa.array(~by_people, pa.bool_()))
     waiting = waiting_pairs(current.lake, keys)
-    whole = cost.plan_cost(current, waiting, texts, folder, config.placement.label)
+    whole = cost.plan_cost(current, waiting, texts, folders, config.recipe.grading, config.placement.label)
     budget = config.recipe.budget
     chosen = cost.affordable(
         whole,

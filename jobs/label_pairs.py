@@ -13,7 +13,7 @@ from conf.load import meaning, settings
 from embeddings.labeller import load_labeller_card
 from jobs import job, labelling
 from jobs.cost import CostPlan, plan_cost
-from jobs.grading import GradingRecipe, addressed, grade_with_stronger, waiting_pairs
+from jobs.grading import GradingRecipe, addressed, cascade_metrics, grade_with_stronger, waiting_pairs
 from lake import tables
 from lake.runs import Run, RunRecord
 from lake.schemas import CANDIDATE_PAIR, PAIR_GRADE, SOURCES, CandidateSource
@@ -58,12 +58,12 @@ def run(config: Config) -> RunRecord:
     folders, texts = labelling.labeller_folders(current.lake, config.inputs), labelling.PairTexts(current)
     candidates = read_candidates(current, config.recipe)
     keys = addressed(texts.keys(candidates), load_labeller_card(folders[0]))
-    found, rows, counts = grade_with_stronger(current, keys, texts, folders, config.recipe, config.placement)
+    found, second, counts = grade_with_stronger(current, keys, texts, folders, config.recipe, config.placement)
     return current.finish(
-        rows=rows,
+        rows=found.labelled + second.labelled,
         outputs={"pair_grade": tables.version(current.lake, PAIR_GRADE) or 0},
         counts={"candidates": len(candidates), "without_text": len(candidates) - len(keys)} | counts,
-        metrics=found.metrics(config.placement),
+        metrics=cascade_metrics(found, second, config.placement),
     )
 
 
@@ -71,9 +71,9 @@ def plan(config: Config) -> CostPlan:
     """What `run` would take now; writes nothing."""
     config = with_models(config)
     current = job.pin(config, "label_pairs")
-    folder, texts = labelling.labeller_folder(current.lake, config.inputs.labeller), labelling.PairTexts(current)
-    keys = addressed(texts.keys(read_candidates(current, config.recipe)), load_labeller_card(folder))
-    return plan_cost(current, waiting_pairs(current.lake, keys), texts, folder, config.placement)
+    folders, texts = labelling.labeller_folders(current.lake, config.inputs), labelling.PairTexts(current)
+    keys = addressed(texts.keys(read_candidates(current, config.recipe)), load_labeller_card(folders[0]))
+    return plan_cost(current, waiting_pairs(current.lake, keys), texts, folders, config.recipe, config.placement)
 
 
 def with_models(config: Config) -> Config:

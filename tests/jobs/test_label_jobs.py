@@ -21,6 +21,7 @@ from embeddings.labeller_evaluation import JudgeRecipe
 from embeddings.labeller_model import load_labeller, plain_probabilities
 from jobs import (
     correct_class_rates,
+    cost,
     evaluate_labeller,
     explain,
     job,
@@ -518,6 +519,45 @@ def test_a_stronger_labeller_is_asked_where_the_first_abstains_and_its_rows_name
     assert counts["stronger/labelled"] == counts["abstained"] == len(doubtful)
     again = label_pairs.run(config).counts
     assert (again["asked"], again["stronger/asked"]) == (0, 0)
+
+
+def test_a_plan_counts_what_will_go_to_the_stronger_labeller(shop, labeller, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "LEAST_ASKED", 10)
+    stronger = with_other_temperature(tmp_path, labeller)
+    placement = dataclasses.replace(TORCH, price_per_hour=2.0)
+    config = dataclasses.replace(
+        config_of(shop, labeller, stronger=stronger),
+        recipe=label_pairs.LabelRecipe(abstain_risk=0.12),
+        placement=placement,
+    )
+    planned = label_pairs.plan(config)
+    alone = label_pairs.plan(dataclasses.replace(config, inputs=config_of(shop, labeller).inputs))
+    assert (alone.stronger, alone.abstaining) == (None, 0.0)
+    assert alone.pairs == planned.pairs
+    assert {planned.measured_by, planned.stronger.measured_by} == {cost.SAMPLE}
+    assert planned.cost == pytest.approx(2.0 * planned.engine_hours)
+    assert planned.engine_hours > planned.stronger.engine_hours > 0
+    assert "stronger" in cost.render(planned)
+
+    record = label_pairs.run(config)
+
+    # all pairs were in the sample
+    assert planned.stronger.pairs == record.counts["stronger/asked"] > 0
+    assert record.metrics["cost"] == pytest.approx(2.0 * record.metrics["engine_hours"])
+    own = [record.metrics[f"{prefix}start_sec"] for prefix in ("", "stronger/")]
+    assert record.metrics["engine_hours"] * 3600 >= sum(own)
+    # a budget of half the hours allows about half of the pairs
+    half = {"max_pairs": 0, "max_hours": planned.engine_hours / 2, "max_cost": 0.0}
+    assert cost.affordable(planned, placement, **half) == pytest.approx(planned.pairs / 2, abs=1)
+    fewer = cost.scaled(planned, 10, placement)
+    assert fewer.engine_hours == pytest.approx(planned.engine_hours * 10 / planned.pairs, rel=0.2)
+    assert fewer.stronger.pairs == round(10 * planned.abstaining)
+    # the next plan takes both rates from that run
+    put(shop, CATALOG_PRODUCT, [{"dataset": "s", "product_id": "new", "title": "lamp", "product_hash": "new"}])
+    put(shop, CANDIDATE_PAIR, [{"dataset": "s", "query_id": "q1", "product_id": "new", "source": "sampled"}])
+    next_plan = label_pairs.plan(config)
+    assert next_plan.measured_by == next_plan.stronger.measured_by == f"run {record.run_id}"
+    assert next_plan.stronger.tokens_per_sec == pytest.approx(record.metrics["stronger/tokens_per_sec"])
 
 
 def test_votes_are_the_mean_of_what_all_labellers_say_of_a_pair(shop, labeller, tmp_path):
