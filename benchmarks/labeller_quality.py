@@ -127,8 +127,8 @@ def measure(name: str, pairs: pa.Table, num_human: int, recipe: LabellerRecipe, 
     answer_N3[~is_train_N] = plain_probabilities(model, encoder.encode_rows(held), bf16=trainer.bf16)
     with tempfile.TemporaryDirectory() as place:
         gathered = tune_labeller.gather_evidence(pairs, num_human, recipe, f"{place}/encoder")
-        head = tune_labeller.evidence_head(gathered, answer_N3)
-    answer_N3 = tune_labeller.with_evidence(head, gathered, np.arange(len(pairs)), answer_N3)[~is_train_N]
+        weighed = tune_labeller.weigh_evidence(gathered, answer_N3)
+    answer_N3 = tune_labeller.with_evidence(weighed, np.arange(len(pairs)), answer_N3)[~is_train_N]
     is_judged_N = np.isin(held["split"].to_numpy(), ("calibration", "test"))
     answer_N3, held = answer_N3[is_judged_N], held.filter(pa.array(is_judged_N))
     for dataset, whole in judged(answer_N3, held, recipe.decision).items():

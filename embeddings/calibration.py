@@ -65,8 +65,7 @@ class Calibration:
     def __call__(self, probability_N3: NDArray[np.floating]) -> NDArray[np.float64]:
         """Calibrated probabilities, [N, 3]; rows sum to 1."""
         relevant_N, exact_N = _boundaries(_scaled(probability_N3, np.array([np.log(self.temperature), *self.bias])))
-        relevant_N, exact_N = _follow(self.relevant, relevant_N), _follow(self.exact, exact_N)
-        return np.stack([1 - relevant_N, relevant_N * (1 - exact_N), relevant_N * exact_N], axis=1)
+        return of_boundaries(_follow(self.relevant, relevant_N), _follow(self.exact, exact_N))
 
     def grades(self, calibrated_N3: NDArray[np.floating]) -> NDArray[np.int64]:
         """The grade of each pair from what calling this gave, [N]; whatever it is where a row holds nan."""
@@ -78,6 +77,11 @@ class Calibration:
 def expected_grade(probability_N3: NDArray[np.floating]) -> NDArray[np.float64]:
     """Mean of the grade under each distribution, in [0, 2]."""
     return np.asarray(probability_N3.astype(np.float64) @ np.array([0.0, 1.0, 2.0]))
+
+
+def of_boundaries(relevant_N: NDArray[np.float64], exact_N: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Probabilities of the grades, [N, 3], from P(grade >= 1) and P(grade 2 given grade >= 1)."""
+    return np.stack([1 - relevant_N, relevant_N * (1 - exact_N), relevant_N * exact_N], axis=1)
 
 
 def probabilities_of(rows: pa.Table) -> NDArray[np.float64]:

@@ -144,16 +144,36 @@ def encode(
         bf16: computes in bfloat16; see `backbone.has_fast_bf16`.
     """
     model.eval()
-    order = sorted(set(texts), key=lambda text: (-len(text), text))
+    order, row_N = distinct(texts)
     vectors = np.empty((len(order), model.get_embedding_dimension()), dtype=np.float32)
     start = 0
     with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        for batch in _batches(order, batch_tokens, _limit(model, side)):
-            batch_ND = forward(model, tokenize(model, batch, side), side)
-            vectors[start : start + len(batch)] = batch_ND.cpu().numpy()
-            start += len(batch)
+        for features in token_batches(model, order, side, batch_tokens=batch_tokens):
+            batch_ND = forward(model, features, side)
+            vectors[start : start + len(batch_ND)] = batch_ND.cpu().numpy()
+            start += len(batch_ND)
+    return vectors[row_N]
+
+
+def distinct(texts: Sequence[str]) -> tuple[list[str], NDArray[np.intp]]:
+    """The different texts, longest first, so that batches of neighbours hold little padding; each text's row there."""
+    order = sorted(set(texts), key=lambda text: (-len(text), text))
     row = {text: index for index, text in enumerate(order)}
-    return vectors[np.array([row[text] for text in texts], dtype=np.intp)]
+    return order, np.array([row[text] for text in texts], dtype=np.intp)
+
+
+def token_batches(
+    model: SentenceTransformer, texts: Sequence[str], side: Side, *, batch_tokens: int = 4096
+) -> Iterator[dict[str, Any]]:
+    """Token tensors of runs of texts, which come longest first, whose padded size stays within the tokens."""
+    own = getattr(model[0], f"{side}_length", None)
+    limit, start = int(own or model.max_seq_length or 512), 0
+    while start < len(texts):
+        # three characters per token is on the safe side for European languages
+        width = min(limit, len(texts[start]) // 3 + 3)
+        size = max(1, batch_tokens // width)
+        yield tokenize(model, texts[start : start + size], side)
+        start += size
 
 
 def tokenize(model: SentenceTransformer, texts: Sequence[str], side: Side) -> dict[str, Any]:
@@ -219,19 +239,3 @@ def _assemble(modules: list[Any], recipe: EncoderRecipe, device: str) -> Sentenc
     transformer.max_seq_length = max(transformer.query_length, transformer.document_length)
     prompts = {"query": recipe.query_prefix, "document": recipe.document_prefix}
     return SentenceTransformer(modules=modules, prompts=prompts, device=device, similarity_fn_name="cosine")
-
-
-def _limit(model: SentenceTransformer, side: Side) -> int:
-    own = getattr(model[0], f"{side}_length", None)
-    return int(own or model.max_seq_length or 512)
-
-
-def _batches(texts: Sequence[str], batch_tokens: int, limit: int) -> Iterator[Sequence[str]]:
-    """Runs of texts, which come longest first, whose padded size stays within the tokens (or of one text)."""
-    start = 0
-    while start < len(texts):
-        # three characters per token is on the safe side for European languages
-        width = min(limit, len(texts[start]) // 3 + 3)
-        size = max(1, batch_tokens // width)
-        yield texts[start : start + size]
-        start += size

@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from embeddings.calibration import of_boundaries
 from embeddings.evidence_words import WordNumbers
 from embeddings.guideline import ProductFields, neutralise, products_of
 
@@ -151,8 +152,7 @@ class EvidenceHead:
     def __call__(self, answer_N3: NDArray[np.floating], number_NE: NDArray[np.float64]) -> NDArray[np.float64]:
         """Probabilities of the grades, [N, 3]; nan where the answer is."""
         logit_N2 = self.weighing(_answer_and_opinion(answer_N3, self.opinion(number_NE)))
-        relevant_N, exact_N = (1 / (1 + np.exp(-logit_N2))).T
-        return np.stack([1 - relevant_N, relevant_N * (1 - exact_N), relevant_N * exact_N], axis=1)
+        return of_boundaries(*(1 / (1 + np.exp(-logit_N2))).T)
 
     def text(self) -> str:
         """What the file holds that `load` reads; of an encoder, that there is one."""

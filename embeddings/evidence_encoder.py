@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from embeddings.backbone import has_fast_bf16
-from embeddings.encoder import Side, encode, load_encoder, save_encoder, tokenize
+from embeddings.encoder import Side, distinct, encode, load_encoder, save_encoder, token_batches
 
 ENCODER_NUMBERS: Final = (
     "mean over the query's tokens of the largest cosine with a token of the title",
@@ -94,18 +94,16 @@ class EncoderNumbers:
 
     def _read(self, texts: Sequence[str], side: Side) -> tuple[NDArray[np.intp], NDArray[np.float32], list[Tensor]]:
         """Of each text its place among the different ones, and of these the vectors and the tokens' vectors."""
-        different = sorted(set(texts), key=lambda text: (-len(text), text))
-        place = {text: index for index, text in enumerate(different)}
+        order, row_N = distinct(texts)
         vectors, tokens = [], []
-        for start in range(0, len(different), _BATCH_PAIRS // 4):
-            features = tokenize(self._model, different[start : start + _BATCH_PAIRS // 4], side)
+        for features in token_batches(self._model, order, side):
             is_word = features["attention_mask"].bool() & ~torch.isin(features["input_ids"], self._specials)
             with torch.inference_mode():
                 read: dict[str, Any] = self._model(dict(features), task=side)
             vectors.append(functional.normalize(read["sentence_embedding"], dim=-1).numpy())
             unit = functional.normalize(read["token_embeddings"], dim=-1)
             tokens += [unit[row, kept] for row, kept in enumerate(is_word)]
-        return np.array([place[text] for text in texts], dtype=np.intp), np.concatenate(vectors), tokens
+        return row_N, np.concatenate(vectors), tokens
 
     def _place(self, query_D: NDArray[np.float32], title_ND: NDArray[np.float32]) -> NDArray[np.float64]:
         """Of titles under one query, the numbers after the tokens', [N, 8]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -94,17 +95,39 @@ def plan_cost(
     if not len(waiting):
         return _plan(placement, 0, _Judge(0.0, 1.0, 0.0, ""))
     rows = np.unique(np.linspace(0, len(waiting) - 1, min(SAMPLE_PAIRS, len(waiting))).astype(np.int64))
-    sample = texts.take(waiting.take(pa.array(rows)))
-    first = _judge(current, "labeller", sample, len(waiting), folders[0], placement)
+    pairs = texts.take(waiting.take(pa.array(rows)))
+    sample = _Sample(pairs, folders[0])
+    first = _judge(current, "labeller", sample, len(waiting), placement)
     if not folders[1]:
         return _plan(placement, len(waiting), first)
-    answer_N3, _ = _graded(sample.slice(0, TIMED_PAIRS), folders[0])
+    answer_N3, _ = sample.graded
     answer_N3 = answer_N3[np.isfinite(answer_N3).all(axis=1)]
     doubtful_N = expected_squared_error(answer_N3, answer_N3.argmax(axis=1)) > recipe.abstain_risk
     abstaining = float(doubtful_N.mean()) if len(doubtful_N) else 0.0
     expected = max(1, round(len(waiting) * abstaining))
-    second = _judge(current, "stronger", sample, expected, folders[1], placement)
+    second = _judge(current, "stronger", _Sample(pairs, folders[1]), expected, placement)
     return _plan(placement, len(waiting), first, abstaining, second)
+
+
+class _Sample:
+    """Some of the waiting pairs before one labeller, which grades them once and only where that is asked for."""
+
+    def __init__(self, pairs: pa.Table, folder: str) -> None:
+        self._pairs, self._folder = pairs, folder
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """Of each pair."""
+        return [len(pair) for pair in load_pair_encoder(self._folder).encode_rows(self._pairs)]
+
+    @cached_property
+    def graded(self) -> tuple[NDArray[np.float64], float]:
+        """Answers of torch in this process to the first TIMED_PAIRS, and the seconds for them, its start apart."""
+        own, few = LabelPlacement(engine="torch"), self._pairs.slice(0, TIMED_PAIRS)
+        labelling.graded_in_order(few.slice(0, 8), self._folder, own)
+        began = time.monotonic()
+        answer_N3 = labelling.graded_in_order(few, self._folder, own)
+        return answer_N3, max(time.monotonic() - began, 1e-9)
 
 
 class _Judge(NamedTuple):
@@ -138,12 +161,9 @@ def _plan(
     )
 
 
-def _judge(
-    current: Run, role: Role, sample: pa.Table, num_pairs: int, folder: str, placement: LabelPlacement
-) -> _Judge:
+def _judge(current: Run, role: Role, sample: _Sample, num_pairs: int, placement: LabelPlacement) -> _Judge:
     """By the newest run with this labeller on this kind of engine, for as many engines, or by a sample."""
-    tokens = [len(pair) for pair in load_pair_encoder(folder).encode_rows(sample)]
-    per_pair, engine = float(np.mean(tokens)), placement.engine_for(num_pairs)
+    per_pair, engine = float(np.mean(sample.tokens)), placement.engine_for(num_pairs)
     for record in reversed(runs.records(current.lake)):
         for other, prefix in (("labeller", ""), ("stronger", STRONGER)):
             found = {name[len(prefix) :]: value for name, value in record.metrics.items() if name.startswith(prefix)}
@@ -155,17 +175,7 @@ def _judge(
             if is_same:
                 engines = placement.num_engines / found["num_engines"]
                 return _Judge(per_pair, found["tokens_per_sec"] * engines, found["start_sec"], f"run {record.run_id}")
-    few = sample.slice(0, TIMED_PAIRS)
-    return _Judge(per_pair, sum(tokens[: len(few)]) / _graded(few, folder)[1], 0.0, SAMPLE)
-
-
-def _graded(sample: pa.Table, folder: str) -> tuple[NDArray[np.float64], float]:
-    """Answers of torch in this process, and the seconds that it takes for them, its start apart."""
-    own = LabelPlacement(engine="torch")
-    labelling.graded_in_order(sample.slice(0, 8), folder, own)
-    began = time.monotonic()
-    answer_N3 = labelling.graded_in_order(sample, folder, own)
-    return answer_N3, max(time.monotonic() - began, 1e-9)
+    return _Judge(per_pair, sum(sample.tokens[:TIMED_PAIRS]) / sample.graded[1], 0.0, SAMPLE)
 
 
 def affordable(plan: CostPlan, placement: LabelPlacement, *, max_pairs: int, max_hours: float, max_cost: float) -> int:
@@ -196,7 +206,7 @@ def render(plan: CostPlan) -> str:
     if not plan.pairs:
         return "nothing to grade: every pair is in the ledger, or the budget allows none"
     money = f"{plan.cost:,.4g} {plan.currency}" if plan.cost else "unknown; give placement.price_per_hour"
-    lines = [*_facts(plan)]
+    lines = _facts(plan)
     if plan.stronger:
         lines += ["to the stronger labeller", *(f"  {line}" for line in _facts(plan.stronger)), "both"]
     return "\n".join(

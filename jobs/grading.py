@@ -124,6 +124,36 @@ class Graded:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class Cascade:
+    """What grading did with a stronger labeller behind the first.
+
+    Attributes:
+        first: of all pairs.
+        stronger: of the first's abstentions; None where they go nowhere.
+    """
+
+    first: Graded
+    stronger: Graded | None = None
+
+    @property
+    def labelled(self) -> int:
+        """Rows written by both."""
+        return self.first.labelled + (self.stronger.labelled if self.stronger else 0)
+
+    def counts(self) -> dict[str, int]:
+        """For the run record, the stronger labeller's under its prefix."""
+        second = self.stronger.counts() if self.stronger else {}
+        return self.first.counts() | {f"{STRONGER}{name}": value for name, value in second.items()}
+
+    def metrics(self, placement: LabelPlacement) -> dict[str, float]:
+        """The same; hours and money are those of both together."""
+        first, second = (done.metrics(placement) if done else {} for done in (self.first, self.stronger))
+        metrics = first | {f"{STRONGER}{name}": value for name, value in second.items()}
+        shared = {name for name in ("engine_hours", "cost") if name in first or name in second}
+        return metrics | {name: first.get(name, 0.0) + second.get(name, 0.0) for name in shared}
+
+
 def addressed(keys: pa.Table, card: LabellerCard) -> pa.Table:
     """The pairs with the content address of their grade under a labeller.
 
@@ -206,7 +236,7 @@ def grade_with_stronger(
     folders: tuple[str, str],
     recipe: GradingRecipe,
     placement: LabelPlacement,
-) -> tuple[Graded, Graded, dict[str, int]]:
+) -> Cascade:
     """Grades pairs, and puts those on which the labeller abstains before a stronger one, whose rows supersede its own.
 
     Asking pays where a grade's expected squared error times what such an error costs is more than the answer costs.
@@ -219,30 +249,15 @@ def grade_with_stronger(
         folders: of the first labeller and of the stronger one, empty for none.
         recipe: when a grade is an abstention, and what is refused.
         placement: engine and portions.
-
-    Returns:
-        What the first labeller did, what the stronger one did, and the counts of both.
     """
     found = grade_pairs(current, keys, texts, folders[0], recipe, placement)
     if not folders[1]:
-        return found, Graded(), found.counts()
+        return Cascade(found)
     held = ledger.rows_at(current.lake, keys["address"], ["grade", *PROBABILITIES])
     is_doubtful = expected_squared_error(probabilities_of(held), held["grade"].to_numpy()) > recipe.abstain_risk
     doubtful = keys.take(held["row"].filter(pa.array(is_doubtful, pa.bool_()))).drop_columns(["address"])
     doubtful = addressed(doubtful, load_labeller_card(folders[1]))
-    second = grade_pairs(current, doubtful, texts, folders[1], recipe, placement)
-    counts = found.counts() | {f"{STRONGER}{name}": value for name, value in second.counts().items()}
-    return found, second, counts
-
-
-def cascade_metrics(found: Graded, second: Graded, placement: LabelPlacement) -> dict[str, float]:
-    """For the run record: the first labeller's, the stronger one's under its prefix; hours and money of both."""
-    first, other = found.metrics(placement), second.metrics(placement)
-    metrics = first | {f"{STRONGER}{name}": value for name, value in other.items()}
-    for name in ("engine_hours", "cost"):
-        if name in first or name in other:
-            metrics[name] = first.get(name, 0.0) + other.get(name, 0.0)
-    return metrics
+    return Cascade(found, grade_pairs(current, doubtful, texts, folders[1], recipe, placement))
 
 
 Part = tuple[NDArray[np.int64], pa.Table]

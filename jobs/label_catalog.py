@@ -27,7 +27,7 @@ from jobs import cost, job, labelling, models
 from jobs.catalog_report import catalog_page
 from jobs.cost import CostPlan
 from jobs.embed_catalog import Catalog, EmbedPlacement, EmbedRecipe, embed, read_catalogs
-from jobs.grading import GradingRecipe, addressed, cascade_metrics, grade_with_stronger, waiting_pairs
+from jobs.grading import GradingRecipe, addressed, grade_with_stronger, waiting_pairs
 from lake import tables
 from lake.ledger import graded_by_people
 from lake.runs import Run, RunRecord
@@ -122,10 +122,10 @@ def run(config: Config) -> RunRecord:
     log.info("label_catalog: the plan\n%s", cost.render(night.plan))
     folders, recipe = labelling.labeller_folders(current.lake, config.inputs), config.recipe.grading
     asked = night.waiting.slice(0, night.plan.pairs).select(night.keys.column_names)
-    found, second, counts = grade_with_stronger(current, asked, texts, folders, recipe, config.placement.label)
-    counts = night.counts | counts | {"reused": len(night.keys) - len(night.waiting)}
+    graded = grade_with_stronger(current, asked, texts, folders, recipe, config.placement.label)
+    counts = night.counts | graded.counts() | {"reused": len(night.keys) - len(night.waiting)}
     counts["over_budget"] = len(night.waiting) - night.plan.pairs
-    metrics = cascade_metrics(found, second, config.placement.label) | night.plan.metrics()
+    metrics = graded.metrics(config.placement.label) | night.plan.metrics()
     page = f"reports/catalog-{current.run_id}.html"
     subtitle = f"run {current.run_id}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     html = catalog_page(
@@ -133,7 +133,7 @@ def run(config: Config) -> RunRecord:
     )
     replace_text(current.lake.path(page), html)
     return current.finish(
-        rows=found.labelled + second.labelled,
+        rows=graded.labelled,
         outputs={
             CATALOG_CANDIDATE.name: written,
             PAIR_GRADE.name: tables.version(current.lake, PAIR_GRADE) or 0,

@@ -13,7 +13,7 @@ from conf.load import meaning, settings
 from embeddings.labeller import load_labeller_card
 from jobs import job, labelling
 from jobs.cost import CostPlan, plan_cost
-from jobs.grading import GradingRecipe, addressed, cascade_metrics, grade_with_stronger, waiting_pairs
+from jobs.grading import GradingRecipe, addressed, grade_with_stronger, waiting_pairs
 from lake import tables
 from lake.runs import Run, RunRecord
 from lake.schemas import CANDIDATE_PAIR, PAIR_GRADE, SOURCES, CandidateSource
@@ -58,12 +58,12 @@ def run(config: Config) -> RunRecord:
     folders, texts = labelling.labeller_folders(current.lake, config.inputs), labelling.PairTexts(current)
     candidates = read_candidates(current, config.recipe)
     keys = addressed(texts.keys(candidates), load_labeller_card(folders[0]))
-    found, second, counts = grade_with_stronger(current, keys, texts, folders, config.recipe, config.placement)
+    graded = grade_with_stronger(current, keys, texts, folders, config.recipe, config.placement)
     return current.finish(
-        rows=found.labelled + second.labelled,
+        rows=graded.labelled,
         outputs={"pair_grade": tables.version(current.lake, PAIR_GRADE) or 0},
-        counts={"candidates": len(candidates), "without_text": len(candidates) - len(keys)} | counts,
-        metrics=cascade_metrics(found, second, config.placement),
+        counts={"candidates": len(candidates), "without_text": len(candidates) - len(keys)} | graded.counts(),
+        metrics=graded.metrics(config.placement),
     )
 
 

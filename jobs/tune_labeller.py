@@ -80,9 +80,8 @@ def run(config: Config) -> RunRecord:
     log.info("tune_labeller: %s", counts)
     tuned = tune_labeller(pairs, recipe, config.placement, storage=storage, name=current.fingerprint)
     gathered = gather_evidence(pairs, len(human), recipe, os.path.join(storage, f"{current.fingerprint}-encoder"))
-    head = evidence_head(gathered, tuned.probability_N3)
-    of_people = np.arange(len(human))
-    probability_N3 = with_evidence(head, gathered, of_people, tuned.probability_N3[: len(human)])
+    weighed = weigh_evidence(gathered, tuned.probability_N3)
+    probability_N3 = with_evidence(weighed, np.arange(len(human)), tuned.probability_N3[: len(human)])
     grade_N = human["grade"].to_numpy()
     datasets, split_N = human["dataset"].to_pylist(), human["split"].to_numpy()
     fitted = np.flatnonzero(split_N == "calibration")
@@ -109,7 +108,7 @@ def run(config: Config) -> RunRecord:
         grade_token_ids=tuned.grade_token_ids,
         calibrations=calibrations,
         metrics=metrics,
-        head=head,
+        head=weighed.head if weighed else None,
         anchors=choose_anchors(human.take(fitted), calibrations[""](probability_N3[fitted])) if len(fitted) else None,
     )
     # the speed is no property of the labeller: equal labellers have equal folders
@@ -122,8 +121,8 @@ def run(config: Config) -> RunRecord:
             parted, rows = hold_out(pairs, fold_N == fold)
             answer_N3 = tune_labeller(parted, recipe, config.placement, storage=storage, name=name).probability_N3
             own = np.flatnonzero((fold_N == fold)[rows] & (rows < len(human)))
-            unlearned = without_fold(head, gathered, fold_N == fold)
-            probability_N3[rows[own]] = with_evidence(unlearned, gathered, rows[own], answer_N3[own])
+            unlearned = weighed and weighed.without_fold(fold_N == fold)
+            probability_N3[rows[own]] = with_evidence(unlearned, rows[own], answer_N3[own])
         calibrated_N3 = calibrate(calibrations, datasets, probability_N3)
         outputs[LABELLER_OOF.name] = write_folds(current, human, fold_N[: len(human)], calibrated_N3, card)
     record = current.finish(rows=counts["train_pairs"], outputs=outputs, counts=counts, metrics=metrics)
@@ -185,13 +184,14 @@ def gather_evidence(pairs: pa.Table, num_human: int, recipe: LabellerRecipe, fol
         return None
     started = time.monotonic()
     titles = list(dict(zip(pairs["product_hash"].to_pylist(), pairs["title"].to_pylist(), strict=True)).values())
-    evidence = Evidence(WordNumbers.of(titles))
+    encoder = ""
     if recipe.evidence == "encoder":
         from embeddings.encoder import EncoderRecipe, build_pretrained
         from embeddings.evidence_encoder import write_evidence_encoder
 
         write_evidence_encoder(folder, build_pretrained(EncoderRecipe(model=recipe.baseline_model)), titles)
-        evidence = Evidence(evidence.words, folder)
+        encoder = folder
+    evidence = Evidence(WordNumbers.of(titles), encoder)
     weight_N = query_weights(pairs["query_id"].to_pylist())
     graded = GradedNumbers(evidence.numbers_of(pairs), target_shares(pairs, recipe), weight_N)
     log.info("tune_labeller: evidence of %d pairs in %.0f s", len(pairs), time.monotonic() - started)
@@ -200,35 +200,37 @@ def gather_evidence(pairs: pa.Table, num_human: int, recipe: LabellerRecipe, fol
     return GatheredEvidence(evidence, graded, is_learned_N, np.isin(split_N, ("validation", FOR_EVIDENCE)))
 
 
-def evidence_head(gathered: GatheredEvidence | None, answer_N3: NDArray[np.floating]) -> EvidenceHead | None:
-    """The head of all pairs' evidence and the labeller's uncalibrated answers to them; None where pairs are few."""
+@dataclasses.dataclass(frozen=True)
+class WeighedEvidence:
+    """Gathered evidence, and the head that weighs it beside answers to the same pairs."""
+
+    gathered: GatheredEvidence
+    head: EvidenceHead
+
+    def without_fold(self, is_in_fold_N: NDArray[np.bool_]) -> WeighedEvidence:
+        """The same with the opinion of the other folds."""
+        others = self.gathered.graded.take(np.flatnonzero(self.gathered.is_learned_N & ~is_in_fold_N))
+        head = dataclasses.replace(self.head, opinion=GradeRegression.fit(others))
+        return dataclasses.replace(self, head=head)
+
+
+def weigh_evidence(gathered: GatheredEvidence | None, answer_N3: NDArray[np.floating]) -> WeighedEvidence | None:
+    """With the head of the labeller's uncalibrated answers to all pairs; None without evidence or with few pairs."""
     if gathered is None:
         return None
     learned, held = (np.flatnonzero(rows) for rows in (gathered.is_learned_N, gathered.is_held_N))
     graded = gathered.graded
-    return fit_evidence_head(gathered.evidence, graded.take(learned), graded.take(held), answer_N3[held])
-
-
-def without_fold(
-    head: EvidenceHead | None, gathered: GatheredEvidence | None, is_in_fold_N: NDArray[np.bool_]
-) -> EvidenceHead | None:
-    """The head with the opinion of the other folds."""
-    if head is None or gathered is None:
-        return None
-    others = gathered.graded.take(np.flatnonzero(gathered.is_learned_N & ~is_in_fold_N))
-    return dataclasses.replace(head, opinion=GradeRegression.fit(others))
+    head = fit_evidence_head(gathered.evidence, graded.take(learned), graded.take(held), answer_N3[held])
+    return WeighedEvidence(gathered, head) if head else None
 
 
 def with_evidence(
-    head: EvidenceHead | None,
-    gathered: GatheredEvidence | None,
-    rows: NDArray[np.intp],
-    answer_N3: NDArray[np.floating],
+    weighed: WeighedEvidence | None, rows: NDArray[np.intp], answer_N3: NDArray[np.floating]
 ) -> NDArray[np.float64]:
     """Answers to some rows of the gathered pairs as the head weighs them, [N, 3]; as they are without one."""
-    if head is None or gathered is None:
+    if weighed is None:
         return np.array(answer_N3, dtype=np.float64)
-    return head(answer_N3, gathered.graded.number_NF[rows])
+    return weighed.head(answer_N3, weighed.gathered.graded.number_NF[rows])
 
 
 def folds_of(pairs: pa.Table, num_folds: int) -> NDArray[np.int32]:

@@ -287,11 +287,12 @@ def test_a_fold_s_opinion_has_not_learned_its_pairs():
     gathered = tune_labeller.GatheredEvidence(Evidence(WordNumbers(1, {})), graded, is_learned_N, ~is_learned_N)
     head = EvidenceHead(gathered.evidence, GradeRegression.fit(graded), GradeRegression.fit(graded))
 
-    found = tune_labeller.without_fold(head, gathered, fold_N == 1)
+    weighed = tune_labeller.WeighedEvidence(gathered, head)
+    found = weighed.without_fold(fold_N == 1).head
 
     share_N2[fold_N == 1] = 0.5
     assert found.opinion == GradeRegression.fit(graded.take(np.flatnonzero(is_learned_N & (fold_N != 1))))
-    assert found.opinion == tune_labeller.without_fold(head, gathered, fold_N == 1).opinion
+    assert found.opinion == weighed.without_fold(fold_N == 1).head.opinion
     assert found.weighing == head.weighing
 
 
@@ -381,10 +382,7 @@ def test_judges_are_measured_side_by_side_on_test_queries(shop, labeller, tmp_pa
 
 
 def test_of_several_labellers_the_votes_are_a_judge_too(shop, labeller, tmp_path):
-    recipe, other = LabellerRecipe(model=str(tmp_path / "model"), max_tokens=32), str(tmp_path / "other")
-    leaning = {"": Calibration(bias=(3.0, 0.0, 0.0))}
-    save_labeller(tmp_path / "weights", other, recipe, grade_token_ids=(), calibrations=leaning, metrics={})
-    measured = {}
+    other, measured = with_other_calibration(tmp_path, Calibration(bias=(3.0, 0.0, 0.0))), {}
 
     for folders in ((labeller, other), (labeller,), (other,)):
         config = evaluate_labeller.Config(
@@ -499,7 +497,7 @@ def test_a_file_without_a_title_ends_in_one_sentence(lake, labeller, tmp_path):
 
 
 def test_a_stronger_labeller_is_asked_where_the_first_abstains_and_its_rows_name_the_first_s(shop, labeller, tmp_path):
-    stronger = with_other_temperature(tmp_path, labeller)
+    stronger = with_other_calibration(tmp_path, Calibration(temperature=0.7))
     recipe = label_pairs.LabelRecipe(abstain_risk=0.12)
     config = dataclasses.replace(config_of(shop, labeller, stronger=stronger), recipe=recipe)
 
@@ -523,7 +521,7 @@ def test_a_stronger_labeller_is_asked_where_the_first_abstains_and_its_rows_name
 
 def test_a_plan_counts_what_will_go_to_the_stronger_labeller(shop, labeller, tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "LEAST_ASKED", 10)
-    stronger = with_other_temperature(tmp_path, labeller)
+    stronger = with_other_calibration(tmp_path, Calibration(temperature=0.7))
     placement = dataclasses.replace(TORCH, price_per_hour=2.0)
     config = dataclasses.replace(
         config_of(shop, labeller, stronger=stronger),
@@ -561,7 +559,7 @@ def test_a_plan_counts_what_will_go_to_the_stronger_labeller(shop, labeller, tmp
 
 
 def test_votes_are_the_mean_of_what_all_labellers_say_of_a_pair(shop, labeller, tmp_path):
-    other = with_other_temperature(tmp_path, labeller)
+    other = with_other_calibration(tmp_path, Calibration(temperature=0.7))
     label_pairs.run(config_of(shop, labeller))
     few = label_pairs.LabelRecipe(sources=("mined",))
     label_pairs.run(dataclasses.replace(config_of(shop, other), recipe=few))
@@ -582,10 +580,10 @@ def test_votes_are_the_mean_of_what_all_labellers_say_of_a_pair(shop, labeller, 
         vote_grades.run(dataclasses.replace(config, inputs=vote_grades.Inputs(labellers=(labeller,))))
 
 
-def with_other_temperature(tmp_path, labeller):
+def with_other_calibration(tmp_path, calibration):
     """A labeller that differs from another by its calibration."""
     recipe, target = LabellerRecipe(model=str(tmp_path / "model"), max_tokens=32), str(tmp_path / "stronger")
-    calibrations = {"": Calibration(temperature=0.7)}
+    calibrations = {"": calibration}
     save_labeller(tmp_path / "weights", target, recipe, grade_token_ids=(), calibrations=calibrations, metrics={})
     return target
 
