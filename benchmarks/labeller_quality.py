@@ -1,6 +1,7 @@
 """What each choice of the labeller's recipe gives on a lake's human grades, by validation queries.
 
     python -m benchmarks.labeller_quality LAKE MODEL --pairs 6000 --only base,dropout
+    python -m benchmarks.labeller_quality LAKE MODEL --only base,"as pretrained" --set kind=generative max_tokens=1280
 
 Every row is a labeller of its own, tuned in this process on the same train pairs, whole queries in the order of a hash,
 and calibrated on calibration queries. RMSE is to the raters' mean by the line that fits the calibration queries. Choose
@@ -23,6 +24,7 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
+from conf.load import load
 from embeddings.backbone import resolve_model
 from embeddings.calibration import Decision, calibrate, fit_calibrations, grades_of
 from embeddings.guideline import load_guideline
@@ -74,8 +76,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=6000, help="train pairs, in whole queries")
     parser.add_argument("--only", default=",".join(CHANGES), help="names of changes, with commas between")
     parser.add_argument("--split", default="validation", choices=["validation", "test"])
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of every row's recipe")
     given = parser.parse_args()
-    recipe = dataclasses.replace(BASE, model=given.model)
+    base = dataclasses.asdict(dataclasses.replace(BASE, model=given.model))
+    recipe = load(LabellerRecipe, base, given.set)
     current = job.begin(tune_labeller.Config(lake=given.lake, recipe=recipe), "tune_labeller")
     consensus = labelling.read(current, ANNOTATION_CONSENSUS, [*labelling.PAIR, *labelling.GRADED])
     human = tune_labeller.without_leaks(current, labelling.with_texts(current, consensus))

@@ -43,6 +43,7 @@ from embeddings.labeller import (
 )
 from embeddings.labeller_batches import epoch_batches, groups_of, part_of, preferences_of
 from embeddings.labeller_losses import grade_cross_entropy, ordinal_loss, preference_loss, rater_distribution
+from embeddings.shared_prompt import can_share, let_share, shared_inputs, shared_length
 from lake.schemas import Grade
 
 DROPOUT_NAMES = (
@@ -65,7 +66,7 @@ _ALL_OF_IT: dict[str, Any] = {"full_state_dict": True, "cpu_offload": True}
 """States as of one worker, on the processor and named by parameter, so that any number of workers goes on from them."""
 
 MAX_BATCH_TOKENS = 4096
-"""Tokens of a batch when only probabilities are wanted, padding included."""
+"""Tokens of a batch when only probabilities are wanted, padding included; what all begin with counts once."""
 
 
 def padded(pairs: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
@@ -95,6 +96,9 @@ class GradeModel(nn.Module):
     def forward(self, pairs: Sequence[Sequence[int]]) -> Tensor:
         """Logits [N, 3]; a generative labeller's are those of its grade tokens, as an engine's mask leaves them."""
         place = next(self.backbone.parameters()).device
+        if shared := self.shared_length(pairs):
+            logits_NV = self.backbone(**shared_inputs(pairs, shared, place)).logits[0]
+            return logits_NV[:, list(self.grade_token_ids)].float()  # type: ignore[no-any-return]
         # a causal LM is read at its last place, which is everyone's with padding on the left
         left = bool(self.grade_token_ids)
         ids_NL, mask_NL = padded(pairs, self.pad_id, left=left)
@@ -104,6 +108,10 @@ class GradeModel(nn.Module):
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         logits_NV = self.backbone(**inputs, logits_to_keep=1).logits[:, -1]
         return logits_NV[:, list(self.grade_token_ids)].float()  # type: ignore[no-any-return]
+
+    def shared_length(self, pairs: Sequence[Sequence[int]]) -> int:
+        """Tokens that these pairs begin with and that are computed once for all of them."""
+        return shared_length(pairs) if self.grade_token_ids and can_share(self.backbone) else 0
 
 
 def build_labeller(recipe: LabellerRecipe, encoder: PairEncoder, *, device: str) -> GradeModel:
@@ -153,11 +161,13 @@ def plain_probabilities(
     order = sorted(range(len(pairs)), key=lambda row: -len(pairs[row]))
     probability_N3 = np.empty((len(pairs), len(Grade)), dtype=np.float32)
     training, place = model.training, next(model.parameters()).device.type
+    shared = model.shared_length(pairs)
+    room = max(MAX_BATCH_TOKENS - shared, MAX_BATCH_TOKENS // 2)
     model.eval()
     start = 0
     with torch.inference_mode(), torch.autocast(place, torch.bfloat16, enabled=bf16):
         while start < len(order):
-            rows = order[start : start + max(1, MAX_BATCH_TOKENS // len(pairs[order[start]]))]
+            rows = order[start : start + max(1, room // (len(pairs[order[start]]) - shared))]
             logits_N3 = model([pairs[row] for row in rows])
             probability_N3[rows] = functional.softmax(logits_N3.float(), dim=-1).cpu().numpy()
             start += len(rows)
@@ -362,7 +372,7 @@ def _load(source: str, kind: str) -> Any:
             return read_first_token_alone(
                 AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32)
             )
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        return let_share(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
 
 
 def _load_backbone(source: str, recipe: LabellerRecipe) -> Any:
@@ -373,7 +383,7 @@ def _load_backbone(source: str, recipe: LabellerRecipe) -> Any:
             if hasattr(config, name):
                 setattr(config, name, recipe.dropout)
         if recipe.kind == "generative":
-            return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
+            return let_share(AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.float32))
         auto, is_ranker = AutoModelForSequenceClassification, config.num_labels == 1
         ranking = auto.from_pretrained(source, dtype=torch.float32) if is_ranker else None
         config.num_labels = len(Grade)
