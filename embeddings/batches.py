@@ -55,6 +55,7 @@ class Instance:
         query: text.
         products: texts.
         grades: int8, one per product.
+        shares: of raters, or probabilities, at or above grades 1 and 2, [P, 2]; None for those of clean grades.
         left_out: texts that are graded too, but not to be learned from or not drawn for the step.
     """
 
@@ -62,7 +63,15 @@ class Instance:
     query: str
     products: Sequence[str]
     grades: NDArray[np.int8]
+    shares: NDArray[np.float32] | None = None
     left_out: Sequence[str] = ()
+
+    @property
+    def known_shares(self) -> NDArray[np.float32]:
+        """The shares, or those of clean grades, [P, 2]."""
+        if self.shares is not None:
+            return self.shares
+        return (self.grades[:, None] >= np.array([1, 2])).astype(np.float32)
 
     @property
     def has_contrast(self) -> bool:
@@ -80,6 +89,7 @@ class StepBatch:
         query_index: row in `query_texts` of each instance, [Q].
         document_index: row in `document_texts`, [Q, P]; -1 pads.
         grades: int8, [Q, P]; -1 pads.
+        shares: at or above grades 1 and 2, float32, [Q, P, 2]; nan pads.
         is_foreign: [Q, U], whether a product is in the step for other queries alone and has no grade under this one.
     """
 
@@ -88,6 +98,7 @@ class StepBatch:
     query_index: NDArray[np.int64]
     document_index: NDArray[np.int64]
     grades: NDArray[np.int8]
+    shares: NDArray[np.float32]
     is_foreign: NDArray[np.bool_]
 
 
@@ -169,7 +180,8 @@ def draw_products(instance: Instance, recipe: BatchRecipe, seed: int) -> Instanc
     chosen, rest = np.sort(shuffled[order[:limit]]), np.sort(shuffled[order[limit:]])
     products = instance.products
     drawn, left_out = [products[i] for i in chosen], [*instance.left_out, *(products[i] for i in rest)]
-    return Instance(instance.key, instance.query, drawn, instance.grades[chosen], left_out)
+    shares = None if instance.shares is None else instance.shares[chosen]
+    return Instance(instance.key, instance.query, drawn, instance.grades[chosen], shares, left_out)
 
 
 def collate(instances: Sequence[Instance]) -> StepBatch:
@@ -179,19 +191,22 @@ def collate(instances: Sequence[Instance]) -> StepBatch:
     documents: dict[str, int] = {}
     document_index_QP = np.full((len(instances), width), PADDING, dtype=np.int64)
     grade_QP = np.full((len(instances), width), PADDING, dtype=np.int8)
+    share_QP2 = np.full((len(instances), width, 2), np.nan, dtype=np.float32)
     query_index_Q = np.empty(len(instances), dtype=np.int64)
     for row, instance in enumerate(instances):
         query_index_Q[row] = queries.setdefault(instance.query, len(queries))
         for column, text in enumerate(instance.products):
             document_index_QP[row, column] = documents.setdefault(text, len(documents))
         grade_QP[row, : len(instance.grades)] = instance.grades
+        share_QP2[row, : len(instance.grades)] = instance.known_shares
     # a query of two data sets is one text, and what either grades under it is not foreign to the other
     is_foreign_UU = np.ones((len(queries), len(documents)), dtype=bool)
     for row, instance in enumerate(instances):
         own = [documents[text] for text in (*instance.products, *instance.left_out) if text in documents]
         is_foreign_UU[query_index_Q[row], own] = False
     is_foreign_QU = is_foreign_UU[query_index_Q]
-    return StepBatch(list(queries), list(documents), query_index_Q, document_index_QP, grade_QP, is_foreign_QU)
+    texts = list(queries), list(documents)
+    return StepBatch(*texts, query_index_Q, document_index_QP, grade_QP, share_QP2, is_foreign_QU)
 
 
 def stable_seed(*parts: object) -> int:

@@ -35,6 +35,45 @@ class EncoderRecipe:
 
 
 @settings
+class GradeBand:
+    """Where the circle loss wants the cosines of one grade, beside lower grades and beside higher ones."""
+
+    boundary_p: Annotated[float, meaning("beside a lower grade it should lie above", "cosine", ge=-1, le=1)]
+    optimum_p: Annotated[float, meaning("no pull above", "cosine", ge=-2, le=2)]
+    boundary_n: Annotated[float, meaning("beside a higher grade it should lie below", "cosine", ge=-1, le=1)]
+    optimum_n: Annotated[float, meaning("no push below", "cosine", ge=-2, le=2)]
+
+
+@settings
+class GradeBands:
+    """Bands of any number of grades, from 0 up."""
+
+    gamma: Annotated[float, meaning("scale of the loss; larger looks at fewer, harder pairs", gt=0, le=512)] = 32.0
+    bands: Annotated[tuple[GradeBand, ...], meaning("of each grade, from 0 up")] = ()
+
+
+def even_bands(num_grades: int, *, gamma: float = 32.0, highest: float = 0.75, lowest: float = 0.25) -> GradeBands:
+    """Bands of equal distance: cosines above `highest` for the best grade, below `lowest` for 0.
+
+    A boundary's optimum lies as far beyond it as the paper's do for two grades, 2 m for the boundaries 1 - m and m.
+
+    Raises:
+        ValueError: fewer than two grades.
+    """
+    if num_grades < 2:
+        raise ValueError(f"even_bands: expected at least 2 grades, got {num_grades}")
+    step = (highest - lowest) / (2 * (num_grades - 1) - 1)
+    # from 0 up: its upper boundary, then lower and upper of each grade between, then the best one's lower
+    bound = [lowest + place * step for place in range(2 * (num_grades - 1))]
+    reach = 2 * (1 - highest)
+    bands = []
+    for grade in range(num_grades):
+        low, high = bound[max(2 * grade - 1, 0)], bound[min(2 * grade, len(bound) - 1)]
+        bands.append(GradeBand(boundary_p=low, optimum_p=low + reach, boundary_n=high, optimum_n=high - reach))
+    return GradeBands(gamma=gamma, bands=tuple(bands))
+
+
+@settings
 class GradeMargins:
     """Where stage 2 wants the cosines of each grade; a letter says in which role: p positive, n negative.
 
@@ -51,6 +90,101 @@ class GradeMargins:
     optimum_1n: Annotated[float, meaning("O_1n: no push on grade 1 below", "cosine", ge=-2, le=2)] = 0.30
     optimum_1p: Annotated[float, meaning("O_1p: no pull on grade 1 above", "cosine", ge=-2, le=2)] = 0.60
     optimum_0n: Annotated[float, meaning("O_0n: no push on grade 0 below", "cosine", ge=-2, le=2)] = -0.25
+
+    @property
+    def bands(self) -> tuple[GradeBand, ...]:
+        """The same by grade; grade 0 is never a positive, nor grade 2 a negative."""
+        return (
+            GradeBand(boundary_p=-1.0, optimum_p=-2.0, boundary_n=self.boundary_0n, optimum_n=self.optimum_0n),
+            GradeBand(
+                boundary_p=self.boundary_1p,
+                optimum_p=self.optimum_1p,
+                boundary_n=self.boundary_1n,
+                optimum_n=self.optimum_1n,
+            ),
+            GradeBand(boundary_p=self.boundary_2p, optimum_p=self.optimum_2p, boundary_n=1.0, optimum_n=2.0),
+        )
+
+
+LossName = Literal[
+    "supcon",
+    "circle",
+    "infonce",
+    "cosent",
+    "triplet",
+    "pairwise_logistic",
+    "rg2",
+    "rgx",
+    "margin_mse",
+    "listwise_kl",
+    "ordinal_kl",
+    "background",
+]
+_OF_SHARES: tuple[LossName, ...] = ("margin_mse", "listwise_kl", "ordinal_kl", "background")
+
+
+@settings
+class LossTerm:
+    """One loss of a weighted sum."""
+
+    loss: Annotated[LossName, meaning("see embeddings.losses, ranking_losses, soft_losses and graded_loss")]
+    weight: Annotated[float, meaning("factor of its sum over queries", gt=0)] = 1.0
+    in_batch: Annotated[
+        bool, meaning("products of the step's other queries stand as grade 0 beside the query's own")
+    ] = False
+
+    def __post_init__(self) -> None:
+        if self.in_batch and self.loss in _OF_SHARES:
+            raise ValueError(f"in_batch adds products of grade 0, which {self.loss} does not read; set it to false")
+
+
+@settings
+class LossRecipe:
+    """What is minimised: terms, and the scales of those that have one."""
+
+    terms: Annotated[
+        tuple[LossTerm, ...], meaning("losses that are summed; none: supcon in stage 1, circle in stage 2")
+    ] = ()
+    temperature: Annotated[
+        float,
+        meaning(
+            "of supcon, infonce and listwise_kl at the start; learned",
+            ge=TEMPERATURE_BOUNDS[0],
+            le=TEMPERATURE_BOUNDS[1],
+        ),
+    ] = 0.2
+    """Below 0.1 the softmax inside an instance pulls all its products up together (docs/decisions/005)."""
+    in_batch_ceiling: Annotated[
+        float | None,
+        meaning(
+            "in-batch products count as grade 0 up to this share of the cosine of the query's best own positive; null: "
+            "all of them",
+            gt=0,
+            le=1,
+        ),
+    ] = 0.95
+    margins: Annotated[GradeMargins, meaning("bands of circle")] = GradeMargins()
+    order_scale: Annotated[float, meaning("of cosent and pairwise_logistic, inverse temperature", gt=0)] = 20.0
+    triplet_margin: Annotated[float, meaning("lead for one grade", "cosine", ge=0, le=1)] = 0.1
+    rg_temperature: Annotated[float, meaning("of rg2 and rgx, fixed", gt=0)] = 0.2
+    teacher_spread: Annotated[float, meaning("margin_mse: between a sure 2 and a sure 0", "cosine", gt=0, le=2)] = 0.5
+    teacher_temperature: Annotated[
+        float, meaning("listwise_kl: of the teacher's scores, 0 for a sure 0 to 1 for a sure 2", gt=0)
+    ] = 0.2
+    ordinal_steepness: Annotated[float, meaning("ordinal_kl: logits for a cosine of 1 at the start; learned", gt=0)] = (
+        10.0
+    )
+    ordinal_boundaries: Annotated[
+        tuple[float, float],
+        meaning("ordinal_kl: cosine of even odds of grades 1 and 2 at the start; learned", "cosine"),
+    ] = (0.325, 0.675)
+    """Midway between the paper's boundaries of neighbouring grades."""
+    background_cosine: Annotated[
+        float, meaning("background: mean to the step's other products", "cosine", ge=-1, le=1)
+    ] = 0.1
+    matryoshka: Annotated[
+        tuple[int, ...], meaning("shorter widths whose first dimensions are trained as vectors too", "dimensions")
+    ] = ()
 
 
 @settings
@@ -74,12 +208,7 @@ class TrainRecipe:
     """How one stage is trained."""
 
     stage: Annotated[Literal[1, 2], meaning("1 orders the grades, 2 gives each its band of cosines")] = 1
-    loss: Annotated[Literal["auto", "supcon", "circle"], meaning("auto is supcon in stage 1 and circle in stage 2")] = (
-        "auto"
-    )
-    ranking_weight: Annotated[
-        float, meaning("weight of supcon beside the circle loss; 0 is the paper's stage 2", ge=0)
-    ] = 0.0
+    loss: Annotated[LossRecipe, meaning("what is minimised")] = LossRecipe()
     epochs: Annotated[float, meaning("passes over the instances", "epochs", gt=0)] = 2.0
     max_steps: Annotated[int, meaning("steps instead of epochs; 0 leaves it to epochs", "steps", ge=0)] = 0
     learning_rate: Annotated[float, meaning("peak rate of the pretrained weights", gt=0)] = 5e-5
@@ -92,20 +221,6 @@ class TrainRecipe:
         float, meaning("share of the pretrained weights in the encoder that is validated and published", ge=0, lt=1)
     ] = 0.0
     gradient_clip: Annotated[float, meaning("longest gradient", "L2 norm", gt=0)] = 1.0
-    temperature: Annotated[
-        float, meaning("of supcon at the start; learned", ge=TEMPERATURE_BOUNDS[0], le=TEMPERATURE_BOUNDS[1])
-    ] = 0.2
-    """Below 0.1 the softmax inside an instance pulls all its products up together (docs/decisions/005)."""
-    in_batch_ceiling: Annotated[
-        float,
-        meaning(
-            "products of a step's other queries count as grade 0 in supcon up to this share of the cosine of the "
-            "query's best own positive; 0 leaves them out, as the paper does",
-            ge=0,
-            le=1,
-        ),
-    ] = 0.0
-    margins: Annotated[GradeMargins, meaning("bands of the circle loss")] = GradeMargins()
     batch: Annotated[BatchRecipe, meaning("size and make-up of a step")] = BatchRecipe()
     lexical: Annotated[LexicalRecipe, meaning("steps that learn the catalogue's words first")] = LexicalRecipe()
     precision: Annotated[
@@ -121,26 +236,10 @@ class TrainRecipe:
     validate_every_steps: Annotated[int, meaning("steps between two validations", "steps", ge=1)] = 50
     checkpoint_every_steps: Annotated[int, meaning("steps between two checkpoints", "steps", ge=1)] = 50
 
-    def __post_init__(self) -> None:
-        if self.ranking_weight and self.chosen_loss == "supcon":
-            raise ValueError("ranking_weight stands beside the circle loss only; set it to 0 or loss to 'circle'")
-        if self.in_batch_ceiling and not self.learns_temperature:
-            raise ValueError(
-                "in_batch_ceiling adds negatives to supcon, which is no part of this loss; set ranking_weight above 0 "
-                "or in_batch_ceiling to 0"
-            )
-
     @property
-    def chosen_loss(self) -> Literal["supcon", "circle"]:
-        """The loss that `auto` stands for."""
-        if self.loss == "auto":
-            return "supcon" if self.stage == 1 else "circle"
-        return self.loss
-
-    @property
-    def learns_temperature(self) -> bool:
-        """Whether supcon is part of the loss."""
-        return self.chosen_loss == "supcon" or self.ranking_weight > 0
+    def terms(self) -> tuple[LossTerm, ...]:
+        """The losses that are summed: the recipe's, or the paper's of the stage."""
+        return self.loss.terms or (LossTerm(loss="supcon" if self.stage == 1 else "circle"),)
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:

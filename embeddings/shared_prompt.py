@@ -47,7 +47,8 @@ def shared_length(prompts: Sequence[Sequence[int]]) -> int:
     if len(prompts) < 2:
         return 0
     # in order, all prompts begin with what the first and the last have in common
-    first, last, most = min(prompts), max(prompts), min(map(len, prompts)) - 1
+    in_order = sorted(tuple(prompt) for prompt in prompts)
+    first, last, most = in_order[0], in_order[-1], min(map(len, prompts)) - 1
     shared = next((place for place in range(most) if first[place] != last[place]), most)
     return shared if shared >= LEAST_SHARED_TOKENS else 0
 
@@ -92,44 +93,47 @@ def _attend(
         )
     with torch.autocast(query.device.type, enabled=False):
         # rotated queries and keys are wider than values under autocast, and a softmax would be again
-        narrow = (part.to(value.dtype) for part in (query, key))
-        return _attend_shared(*narrow, value, shared_prompt, num_prompts, scaling, dropout), None
+        narrow_q, narrow_k = query.to(value.dtype), key.to(value.dtype)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        begun = functional.scaled_dot_product_attention(
+            narrow_q[:, :, :shared_prompt],
+            narrow_k[:, :, :shared_prompt],
+            value[:, :, :shared_prompt],
+            is_causal=True,
+            dropout_p=dropout,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        rest_HTD = _attend_rests(narrow_q[0] * scale, narrow_k[0], value[0], shared_prompt, num_prompts, dropout)
+        return torch.cat([begun, rest_HTD[None]], dim=2).transpose(1, 2), None
 
 
-def _attend_shared(
-    query: Tensor, key: Tensor, value: Tensor, shared: int, num_prompts: int, scaling: float | None, dropout: float
+def _attend_rests(
+    query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, shared: int, num_prompts: int, dropout: float
 ) -> Tensor:
-    heads, width = query.shape[1], query.shape[-1]
-    groups, own_length = heads // key.shape[1], (query.shape[2] - shared) // num_prompts
-    begun_HSD = functional.scaled_dot_product_attention(
-        query[:, :, :shared],
-        key[:, :, :shared],
-        value[:, :, :shared],
-        is_causal=True,
-        dropout_p=dropout,
-        scale=scaling,
-        enable_gqa=groups > 1,
-    )[0]
-    scale = width**-0.5 if scaling is None else scaling
+    """What the prompts' own tokens find in the beginning and in their own prompt, [H, N L, D]; queries are scaled."""
+    heads, own_length = len(query_HTD), (query_HTD.shape[1] - shared) // num_prompts
     # heads that share keys stand together, so that keys are never repeated
-    split = (-1, groups, num_prompts, own_length, width)
-    query_KGNLD = (query[0, :, shared:] * scale).unflatten(0, (-1, groups)).reshape(split)
-    key_KSD, key_KTD = key[0].split([shared, num_prompts * own_length], dim=1)
-    value_KSD, value_KTD = value[0].split([shared, num_prompts * own_length], dim=1)
-    key_KNLD, value_KNLD = (part.unflatten(1, (num_prompts, own_length)) for part in (key_KTD, value_KTD))
-    begun = query_KGNLD.flatten(1, 3) @ key_KSD.mT
-    own = query_KGNLD.transpose(1, 2).flatten(2, 3) @ key_KNLD.mT
-    own_KNGLL = own.unflatten(2, (groups, own_length))
-    later_LL = torch.ones(own_length, own_length, dtype=torch.bool, device=own.device).triu(1)
-    own_KGNLL = own_KNGLL.masked_fill(later_LL, float("-inf")).transpose(1, 2)
-    score = torch.cat([begun.unflatten(1, (groups, num_prompts, own_length)), own_KGNLL], dim=-1)
+    groups = (len(key_KTD), heads // len(key_KTD), num_prompts, own_length)
+    query_KGNLD = query_HTD[:, shared:].reshape(*groups, -1)
+    own_key_KNLD, own_value_KNLD = (
+        part[:, shared:].reshape(len(part), num_prompts, own_length, -1) for part in (key_KTD, value_KTD)
+    )
+    begun_KGNLS = (query_KGNLD.flatten(1, 3) @ key_KTD[:, :shared].mT).reshape(*groups, shared)
+    own_KGNLL = _by_prompt(query_KGNLD, own_key_KNLD.mT)
+    later_LL = torch.ones(own_length, own_length, dtype=torch.bool, device=own_KGNLL.device).triu(1)
+    score = torch.cat([begun_KGNLS, own_KGNLL.masked_fill(later_LL, float("-inf"))], dim=-1)
     share = functional.dropout(functional.softmax(score, dim=-1), dropout)
-    begun_share, own_share = share.split([shared, own_length], dim=-1)
-    found_KGNLD = (begun_share.flatten(1, 3) @ value_KSD).reshape(split)
-    own_found = own_share.transpose(1, 2).flatten(2, 3) @ value_KNLD
-    found_KGNLD = found_KGNLD + own_found.unflatten(2, (groups, own_length)).transpose(1, 2)
-    rest_HTD = found_KGNLD.reshape(heads, num_prompts * own_length, width)
-    return torch.cat([begun_HSD, rest_HTD], dim=1).transpose(0, 1)[None]
+    found_KGNLD = (share[..., :shared].flatten(1, 3) @ value_KTD[:, :shared]).reshape(*groups, -1)
+    found_KGNLD = found_KGNLD + _by_prompt(share[..., shared:], own_value_KNLD)
+    return found_KGNLD.reshape(heads, num_prompts * own_length, -1)
+
+
+def _by_prompt(left_KGNLX: Tensor, right_KNXY: Tensor) -> Tensor:
+    """Products prompt by prompt, [K, G, N, L, Y]."""
+    kinds, groups, prompts, length, _ = left_KGNLX.shape
+    product = left_KGNLX.transpose(1, 2).flatten(2, 3) @ right_KNXY
+    return product.reshape(kinds, prompts, groups, length, -1).transpose(1, 2)
 
 
 AttentionInterface.register(ATTENTION, _attend)

@@ -31,9 +31,9 @@ from conf.load import fingerprint
 from embeddings.backbone import has_fast_bf16
 from embeddings.batches import Instance, InstanceSampler, collate, stable_seed
 from embeddings.encoder import encode, forward, tokenize
+from embeddings.graded_loss import GradedLoss, StepTargets
 from embeddings.lexical import CatalogText, LexicalSampler
-from embeddings.losses import circle_loss, lexical_loss, supcon_loss
-from embeddings.recipes import TEMPERATURE_BOUNDS
+from embeddings.losses import lexical_loss
 from embeddings.recipes import TrainRecipe as TrainRecipe
 
 TEXTS_PER_GROUP = {False: 48, True: 1024}
@@ -54,14 +54,12 @@ def use_bf16(recipe: TrainRecipe, device: str) -> bool:
 
 
 class TwoTower(nn.Module):
-    """Encoder and temperature as one module, so that DDP reduces all gradients of a step together."""
+    """Encoder and what the losses learn as one module, so that DDP reduces all gradients of a step together."""
 
     def __init__(self, encoder: SentenceTransformer, recipe: TrainRecipe) -> None:
         super().__init__()
         self.encoder = encoder
-        # learned as a logarithm: a step changes it by a factor, and it cannot turn negative
-        start = torch.tensor(math.log(recipe.temperature), device=encoder.device)
-        self.log_temperature = nn.Parameter(start, requires_grad=recipe.learns_temperature)
+        self.loss = GradedLoss(recipe.loss, recipe.terms).to(encoder.device)
         for name, parameter in encoder.named_parameters():
             # BERT's pooler is behind no vector of ours; DDP waits forever for gradients that never come
             if ".pooler." in name:
@@ -69,11 +67,11 @@ class TwoTower(nn.Module):
 
     def forward(
         self, query_features: Mapping[str, Any], document_groups: Sequence[Mapping[str, Any]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query vectors [U, D], the groups' document vectors [U, D] (float32, normalised) and the temperature."""
+    ) -> tuple[Tensor, Tensor]:
+        """Query vectors [U, D] and the groups' document vectors [U, D], float32 and normalised."""
         query_UD = forward(self.encoder, query_features, "query")
         document_UD = torch.cat([forward(self.encoder, features, "document") for features in document_groups])
-        return query_UD, document_UD, self.log_temperature.exp()
+        return query_UD, document_UD
 
 
 class ContrastiveTrainer:
@@ -151,8 +149,7 @@ class ContrastiveTrainer:
                     f"step {step}: the gradient is {norm}; lower learning_rate or set precision=fp32"
                 )
             self.optimizer.step()
-            low, high = TEMPERATURE_BOUNDS
-            self.tower.log_temperature.data.clamp_(math.log(low), math.log(high))
+            self.tower.loss.clamp()
         self.step = step + 1
         return {**metrics, "gradient_norm": norm, "learning_rate": rate}
 
@@ -161,27 +158,25 @@ class ContrastiveTrainer:
         if step < self.num_lexical:
             return self._lexical_step(step)
         batch = collate(self.sampler.step_instances(step - self.num_lexical, self.rank, self.world_size))
-        query_UD, document_UD, temperature = self._vectors(
-            tokenize(self.model, batch.query_texts, "query"), batch.document_texts
-        )
+        query_UD, document_UD = self._vectors(tokenize(self.model, batch.query_texts, "query"), batch.document_texts)
         place = query_UD.device
-        index_QP = torch.from_numpy(batch.document_index).to(place)
-        grade_QP = torch.from_numpy(batch.grades).to(place)
+        targets = StepTargets(
+            *(
+                torch.from_numpy(part).to(place)
+                for part in (batch.document_index, batch.grades, batch.shares, batch.is_foreign)
+            )
+        )
         query_QD = query_UD[torch.from_numpy(batch.query_index).to(place)]
-        similarity_QU = query_QD @ document_UD.T
-        similarity_QP = similarity_QU.gather(1, index_QP.clamp(min=0))
-        ranked = similarity_QP, grade_QP
-        if self.recipe.in_batch_ceiling:
-            is_foreign_QU = torch.from_numpy(batch.is_foreign).to(place)
-            ranked = with_in_batch(similarity_QP, grade_QP, similarity_QU, is_foreign_QU, self.recipe.in_batch_ceiling)
-        loss = self._loss(similarity_QP, grade_QP, ranked, temperature)
+        loss, cosine_QP, parts = self.tower.loss(query_QD, document_UD, targets)
         # the paper sums over queries; AdamW does not see the constant factor, the clipping does
         scaled = loss * (self.world_size / self.recipe.batch.queries_per_step)
+        num_queries = len(batch.grades)
         return scaled, {
-            "loss": loss.item() / len(grade_QP),
-            "temperature": temperature.item(),
+            "loss": loss.item() / num_queries,
+            **({f"loss_{name}": part.item() / num_queries for name, part in parts.items()} if len(parts) > 1 else {}),
+            "temperature": self.tower.loss.temperature.item(),
             "num_texts": float(len(batch.query_texts) + len(batch.document_texts)),
-            **_similarity_by_grade(similarity_QP.detach(), grade_QP),
+            **_similarity_by_grade(cosine_QP.detach(), targets.grade_QP),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -208,47 +203,31 @@ class ContrastiveTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 
-    def _loss(
-        self, similarity_QP: Tensor, grade_QP: Tensor, ranked: tuple[Tensor, Tensor], temperature: Tensor
-    ) -> Tensor:
-        """The step's sum over queries; `ranked` is what supcon sees: the pairs, and in-batch negatives beside them."""
-        if self.recipe.chosen_loss == "supcon":
-            return supcon_loss(*ranked, temperature, reduction="sum")
-        loss = circle_loss(similarity_QP, grade_QP, self.recipe.margins, reduction="sum")
-        if self.recipe.ranking_weight:
-            loss = loss + self.recipe.ranking_weight * supcon_loss(*ranked, temperature, reduction="sum")
-        return loss
-
     def _lexical_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
         assert self._teacher is not None
         batch = self._teacher.sampler.step_batch(step, self.rank, self.world_size)
         query_features = tokenize(self.model, batch.queries, "query")
-        query_QD, document_UD, temperature = self._vectors(query_features, batch.texts)
+        query_QD, document_UD = self._vectors(query_features, batch.texts)
         coverage_QU = torch.from_numpy(batch.coverage).to(query_QD.device)
         cosine_QU = self._teacher.cosines(query_features, batch.rows)
         loss = lexical_loss(query_QD @ document_UD.T, cosine_QU + self.recipe.lexical.word_weight * coverage_QU)
-        # DDP waits for the gradient of every weight, the temperature's too
-        return loss + 0.0 * temperature, {
+        # DDP waits for the gradient of every weight, also of those that the graded losses learn
+        unused = [0.0 * parameter.sum() for parameter in self.tower.loss.parameters() if parameter.requires_grad]
+        return loss + sum(unused), {
             "loss": loss.item(),
-            "temperature": temperature.item(),
+            "temperature": self.tower.loss.temperature.item(),
             "num_texts": float(len(batch.queries) + len(batch.texts)),
         }
 
-    def _vectors(
-        self, query_features: Mapping[str, Any], document_texts: Sequence[str]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors of the queries and of the documents, in their order, and the temperature."""
+    def _vectors(self, query_features: Mapping[str, Any], document_texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Vectors of the queries and of the documents, in their order."""
         groups = by_length(document_texts, TEXTS_PER_GROUP[self.model.device.type == "cuda"])
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-            query_UD, grouped_UD, temperature = self._parallel(
+            query_UD, grouped_UD = self._parallel(
                 query_features,
                 [tokenize(self.model, [document_texts[text] for text in group], "document") for group in groups],
             )
-        return (
-            query_UD,
-            grouped_UD[torch.from_numpy(np.argsort(np.concatenate(groups))).to(query_UD.device)],
-            temperature,
-        )
+        return query_UD, grouped_UD[torch.from_numpy(np.argsort(np.concatenate(groups))).to(query_UD.device)]
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(_parameter_groups(self.tower, self.recipe), fused=True)
@@ -305,22 +284,6 @@ class _LexicalTeacher:
         return query_QD @ torch.from_numpy(self.sampler.vectors[rows]).to(device).T
 
 
-def with_in_batch(
-    similarity_QP: Tensor, grade_QP: Tensor, similarity_QU: Tensor, is_foreign_QU: Tensor, ceiling: float
-) -> tuple[Tensor, Tensor]:
-    """Similarities and grades of the pairs, and beside them the step's other products as grade 0, [Q, P + U] each.
-
-    A random product is not reliably irrelevant, the more so the closer it is: one above `ceiling` times the cosine of
-    the query's best positive is masked out, and so is every product for a query without a positive.
-
-    Cites: Moreira et al. 2024 (arXiv 2407.15831), whose share is of the best positive's score as well.
-    """
-    best_Q1 = similarity_QP.detach().masked_fill(grade_QP <= 0, -torch.inf).amax(dim=1, keepdim=True)
-    is_negative_QU = is_foreign_QU & (similarity_QU.detach() <= ceiling * best_Q1)
-    foreign_QU = is_negative_QU.to(grade_QP.dtype) - 1
-    return torch.cat([similarity_QP, similarity_QU], dim=1), torch.cat([grade_QP, foreign_QU], dim=1)
-
-
 def by_length(texts: Sequence[str], size: int) -> list[NDArray[np.int64]]:
     """Positions of the texts in groups of at most `size`, shortest first, so that little of a group is padding."""
     order = np.array(sorted(range(len(texts)), key=lambda place: (len(texts[place]), place)), dtype=np.int64)
@@ -329,12 +292,12 @@ def by_length(texts: Sequence[str], size: int) -> list[NDArray[np.int64]]:
 
 def _parameter_groups(tower: TwoTower, recipe: TrainRecipe) -> list[dict[str, Any]]:
     heads = {id(p) for module in tower.encoder.children() if isinstance(module, Router) for p in module.parameters()}
+    heads |= {id(parameter) for parameter in tower.loss.parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in tower.parameters():
         if parameter.requires_grad:
-            is_own = id(parameter) in heads or parameter is tower.log_temperature
-            peak = recipe.head_learning_rate if is_own else recipe.learning_rate
-            # biases, norms and the temperature have no reason to shrink
+            peak = recipe.head_learning_rate if id(parameter) in heads else recipe.learning_rate
+            # biases, norms and what the losses learn have no reason to shrink
             decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((peak, decay), []).append(parameter)
     return [

@@ -25,6 +25,8 @@ from ray_apps.cluster import RayPlacement, connect
 log = logging.getLogger(__name__)
 
 Products = Mapping[tuple[str, str], CatalogText]
+Graded = tuple[int, float, float]
+"""A grade, and the shares of raters, or probabilities, at or above grades 1 and 2."""
 
 
 @settings
@@ -165,7 +167,7 @@ def _validation(current: Run, products: Products) -> list[Instance]:
         grades[dataset, query_id][product_id] = grade
     judged = [(row, grades[row["dataset"], row["query_id"]]) for row in queries]
     return [
-        _instance(row, row["text"], {product: own[product] for product in sorted(own)}, products)
+        _instance(row, row["text"], {product: _clean(own[product]) for product in sorted(own)}, products)
         for row, own in sorted(judged, key=lambda item: (item[0]["dataset"], item[0]["query_id"]))
         if own
     ]
@@ -173,23 +175,32 @@ def _validation(current: Run, products: Products) -> list[Instance]:
 
 def _train_instance(row: Mapping[str, Any], products: Products, leave_out: Sequence[str]) -> Instance:
     """The instance of a row without the pairs of some sources, whose texts it keeps as graded all the same."""
-    learned: dict[str, int] = {}
-    skipped: dict[str, int] = {}
-    for product_id, grade, source in zip(row["product_ids"], row["grades"], row["sources"], strict=True):
-        (skipped if source in leave_out else learned)[product_id] = grade
+    learned: dict[str, Graded] = {}
+    skipped: dict[str, Graded] = {}
+    shares = [row[name] or [None] * len(row["grades"]) for name in ("at_least_1", "at_least_2")]
+    for product_id, source, *graded in zip(row["product_ids"], row["sources"], row["grades"], *shares, strict=True):
+        (skipped if source in leave_out else learned)[product_id] = _clean(*graded)
     instance = _instance(row, row["query"], learned, products)
     return dataclasses.replace(instance, left_out=_instance(row, row["query"], skipped, products).products)
 
 
-def _instance(row: Mapping[str, Any], text: str, grades: Mapping[str, int], products: Products) -> Instance:
+def _clean(grade: int, at_least_1: float | None = None, at_least_2: float | None = None) -> Graded:
+    """A grade and its shares; those of a clean grade where none are known, as in tables before there were any."""
+    if at_least_1 is None or at_least_2 is None:
+        return grade, float(grade >= 1), float(grade >= 2)
+    return grade, at_least_1, at_least_2
+
+
+def _instance(row: Mapping[str, Any], text: str, grades: Mapping[str, Graded], products: Products) -> Instance:
     key = (row["dataset"], row["query_id"])
-    known: dict[str, int] = {}
-    for product_id, grade in grades.items():
+    known: dict[str, Graded] = {}
+    for product_id, graded in grades.items():
         product = products.get((row["dataset"], product_id))
         if product is not None:
             # products of one text are one vector, which two grades would tear at: the higher one counts
-            known[product.text] = max(grade, known.get(product.text, 0))
-    return Instance(key, normalise_query(text), list(known), np.array(list(known.values()), dtype=np.int8))
+            known[product.text] = max(graded, known.get(product.text, graded))
+    grade_P3 = np.array(list(known.values()), dtype=np.float32).reshape(-1, 3)
+    return Instance(key, normalise_query(text), list(known), grade_P3[:, 0].astype(np.int8), grade_P3[:, 1:])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -338,6 +338,14 @@ TRAINING_INSTANCE = TableSpec(
         Column("product_ids", pa.list_(STRING), "products, in id order"),
         Column("grades", pa.list_(INT8), "grade of each product", "0, 1, 2"),
         Column("sources", pa.list_(STRING), "where each pair comes from: human, expert, or the candidate's source"),
+        Column(
+            "at_least_1",
+            pa.list_(FLOAT64),
+            "of each pair, share of raters, or probability of the labeller, at grade 1 or 2",
+            "0..1",
+            nullable=True,
+        ),
+        Column("at_least_2", pa.list_(FLOAT64), "the same at grade 2", "0..1", nullable=True),
     ),
     partition_by=("stage",),
 )

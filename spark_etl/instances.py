@@ -18,6 +18,7 @@ from spark_etl.recipes import InstancesRecipe
 PAIR = ("dataset", "query_id", "product_id")
 QUERY_KEY = ("dataset", "query_id")
 SHARES = ("p0", "p1", "p2")
+AT_LEAST = ("at_least_1", "at_least_2")
 PRECEDENCE = ("expert", "human", "annotated", "sampled", "engagement", "mined")
 """Which source gives a pair's grade, and its name in `sources`, where there are several."""
 
@@ -36,12 +37,12 @@ def build_instances(tables: Mapping[str, DataFrame], recipe: InstancesRecipe) ->
     human = tables["annotation_consensus"]
     if "audit_verdict" in tables:
         human = with_verdicts(human, tables["audit_verdict"])
-    graded = human.select(*PAIR, "grade", sf.col("judge").alias("source"))
+    graded = human.select(*PAIR, "grade", sf.col("judge").alias("source"), *AT_LEAST)
     if "pair_grade" in tables:
         for pairs in _ungraded(tables, recipe):
             graded = graded.unionByName(pairs)
     chosen = _at_most(_one_per_pair(graded.join(train, on=list(QUERY_KEY), how="left_semi")), recipe)
-    items = sf.sort_array(sf.collect_list(sf.struct("product_id", "grade", "source")))
+    items = sf.sort_array(sf.collect_list(sf.struct("product_id", "grade", "source", *AT_LEAST)))
     return (
         chosen.groupBy(*QUERY_KEY)
         .agg(items.alias("items"), sf.count_distinct("grade").alias("num_grades"))
@@ -54,6 +55,7 @@ def build_instances(tables: Mapping[str, DataFrame], recipe: InstancesRecipe) ->
             sf.col("items.product_id").alias("product_ids"),
             sf.col("items.grade").alias("grades"),
             sf.col("items.source").alias("sources"),
+            *(sf.col(f"items.{name}").alias(name) for name in AT_LEAST),
         )
         .select(*TRAINING_INSTANCE.column_names)
     )
@@ -113,7 +115,8 @@ def _ungraded(tables: Mapping[str, DataFrame], recipe: InstancesRecipe) -> list[
         latest = sf.row_number().over(Window.partitionBy(*PAIR).orderBy(sf.desc("round"), "rank"))
         mined = tables["mined_pair"].withColumn("age", latest).where("age = 1").withColumn("source", sf.lit("mined"))
         found.append(keep_by_band(_graded(mined, tables, recipe)))
-    return [frame.select(*PAIR, "grade", "source") for frame in found]
+    at_least = ((sf.col("p1") + sf.col("p2")).alias(AT_LEAST[0]), sf.col("p2").alias(AT_LEAST[1]))
+    return [frame.select(*PAIR, "grade", "source", *at_least) for frame in found]
 
 
 def _graded(pairs: DataFrame, tables: Mapping[str, DataFrame], recipe: InstancesRecipe) -> DataFrame:
@@ -132,7 +135,7 @@ def _graded(pairs: DataFrame, tables: Mapping[str, DataFrame], recipe: Instances
 
 def _one_per_pair(graded: DataFrame) -> DataFrame:
     rank = sf.array_position(sf.lit(list(PRECEDENCE)), sf.col("source")).alias("rank")
-    best = sf.min(sf.struct(rank, "grade", "source"))
+    best = sf.min(sf.struct(rank, "grade", "source", *AT_LEAST))
     return graded.groupBy(*PAIR).agg(best.alias("best")).select(*PAIR, "best.*")
 
 

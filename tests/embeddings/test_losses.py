@@ -1,13 +1,15 @@
 """Losses against a float64 loop over the paper's formulas, pair by pair, that shares no code with them."""
 
 import math
+from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 
 from conf.load import ConfigError, fingerprint, validate
-from embeddings.losses import GradeMargins, circle_loss, lexical_loss, supcon_loss
+from embeddings.losses import circle_loss, lexical_loss, supcon_loss
+from embeddings.recipes import GradeMargins, even_bands
+from tests.graded_rows import random_rows, unpadded
 
 FORMATS = {
     "2-1-0": [2, 1, 0],
@@ -18,23 +20,6 @@ FORMATS = {
 MARGINS = GradeMargins()
 SLACK = {2: (1.25, 0.75), 1: (0.60, 0.40)}  # O_p, D_p of a positive grade
 SLACK_NEGATIVE = {1: (0.30, 0.60), 0: (-0.25, 0.25)}  # O_n, D_n of a negative grade
-
-
-def random_instances(formats, seed, num_queries=6, dtype=torch.float64):
-    """Padded similarities and grades; each query holds every grade of one format once or several times."""
-    generator = np.random.default_rng(seed)
-    instances = []
-    for index in range(num_queries):
-        present = formats[index % len(formats)]
-        grades = generator.permutation(np.repeat(present, generator.integers(1, 5, size=len(present))))
-        instances.append((generator.uniform(-1, 1, size=len(grades)), grades))
-    width = max(len(grades) for _, grades in instances) + 2
-    similarity = np.full((num_queries, width), 0.0)
-    grade = np.full((num_queries, width), -1)
-    for row, (scores, grades) in enumerate(instances):
-        places = np.sort(generator.permutation(width)[: len(grades)])
-        similarity[row, places], grade[row, places] = scores, grades
-    return torch.tensor(similarity, dtype=dtype), torch.tensor(grade, dtype=torch.int8)
 
 
 def supcon_by_hand(scores, grades, tau):
@@ -79,12 +64,6 @@ def circle_gradient_by_hand(scores, grades, gamma):
     return gradient
 
 
-def unpadded(similarity, grade):
-    for scores, grades in zip(similarity.tolist(), grade.tolist(), strict=True):
-        kept = [(score, g) for score, g in zip(scores, grades, strict=True) if g >= 0]
-        yield [score for score, _ in kept], [g for _, g in kept]
-
-
 def gradient_of(loss, similarity):
     (gradient,) = torch.autograd.grad(loss, similarity)
     return gradient
@@ -94,7 +73,7 @@ def gradient_of(loss, similarity):
 @pytest.mark.parametrize("seed", range(5))
 def test_supcon_equals_the_formula_for_every_instance_format(name, seed):
     formats = list(FORMATS.values()) if name == "mixed" else [FORMATS[name]]
-    similarity, grade = random_instances(formats, seed)
+    similarity, grade = random_rows(formats, seed)
     by_hand = [supcon_by_hand(scores, grades, 0.07) for scores, grades in unpadded(similarity, grade)]
     tau = torch.tensor(0.07, dtype=torch.float64)
     assert supcon_loss(similarity, grade, tau).item() == pytest.approx(sum(by_hand), rel=1e-9)
@@ -109,7 +88,7 @@ def test_supcon_equals_the_formula_for_every_instance_format(name, seed):
 @pytest.mark.parametrize("gamma", [4.0, 32.0, 128.0])
 def test_circle_equals_the_formula_for_every_instance_format(name, seed, gamma):
     formats = list(FORMATS.values()) if name == "mixed" else [FORMATS[name]]
-    similarity, grade = random_instances(formats, seed)
+    similarity, grade = random_rows(formats, seed)
     margins = GradeMargins(gamma=gamma)
     by_hand = [circle_by_hand(scores, grades, gamma) for scores, grades in unpadded(similarity, grade)]
     assert circle_loss(similarity, grade, margins, reduction="sum").item() == pytest.approx(sum(by_hand), rel=1e-8)
@@ -120,7 +99,7 @@ def test_circle_equals_the_formula_for_every_instance_format(name, seed, gamma):
 
 
 def test_supcon_passes_gradcheck_in_similarity_and_temperature():
-    similarity, grade = random_instances(list(FORMATS.values()), seed=7)
+    similarity, grade = random_rows(list(FORMATS.values()), seed=7)
     tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
     similarity.requires_grad_()
     for reduction in ("sum", "mean"):
@@ -131,7 +110,7 @@ def test_supcon_passes_gradcheck_in_similarity_and_temperature():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_circle_gradient_is_that_of_constant_pair_weights(seed):
-    similarity, grade = random_instances(list(FORMATS.values()), seed)
+    similarity, grade = random_rows(list(FORMATS.values()), seed)
     similarity.requires_grad_()
     gradient = gradient_of(circle_loss(similarity, grade, MARGINS, reduction="sum"), similarity)
     for row, (scores, grades) in enumerate(unpadded(similarity.detach(), grade)):
@@ -142,7 +121,7 @@ def test_circle_gradient_is_that_of_constant_pair_weights(seed):
 
 def test_circle_passes_gradcheck_once_its_weights_are_frozen():
     """Finite differences see the weights move; so here the weights enter as constants."""
-    similarity, grade = random_instances(list(FORMATS.values()), seed=3)
+    similarity, grade = random_rows(list(FORMATS.values()), seed=3)
     frozen = similarity.clone()
 
     def with_frozen_weights(free):
@@ -182,6 +161,41 @@ def test_circle_of_two_grades_is_the_ordinary_circle_loss_but_for_the_mean_over_
     similarity = torch.tensor([positives + negatives], dtype=torch.float64)
     grade = torch.tensor([[2, 2, 2, 0, 0, 0, 0]], dtype=torch.int8)
     assert circle_loss(similarity, grade, margins).item() == pytest.approx(ordinary, rel=1e-9)
+
+
+@pytest.mark.parametrize("num_grades", [2, 4, 5])
+def test_circle_of_any_number_of_grades_is_the_sum_over_all_two_of_them(num_grades):
+    bands = even_bands(num_grades, gamma=16.0)
+    similarity, grade = random_rows([range(num_grades), [0, num_grades - 1]], seed=num_grades)
+
+    def by_hand(scores, grades):
+        loss = 0.0
+        for low in range(num_grades):
+            for high in range(low + 1, num_grades):
+                above, below = bands.bands[high], bands.bands[low]
+                positives = [s for s, g in zip(scores, grades, strict=True) if g == high]
+                negatives = [s for s, g in zip(scores, grades, strict=True) if g == low]
+                if positives and negatives:
+                    pull = sum(math.exp(-16 * max(above.optimum_p - s, 0) * (s - above.boundary_p)) for s in positives)
+                    push = sum(math.exp(16 * max(s - below.optimum_n, 0) * (s - below.boundary_n)) for s in negatives)
+                    loss += math.log(1 + pull * push / len(negatives))
+        return loss
+
+    expected = sum(by_hand(*row) for row in unpadded(similarity, grade))
+    assert circle_loss(similarity, grade, bands, reduction="sum").item() == pytest.approx(expected, rel=1e-8)
+
+
+def test_even_bands_of_three_grades_are_near_the_papers_and_leave_no_overlap():
+    bands = even_bands(3).bands
+    paper = GradeMargins().bands
+    for ours, theirs in ((bands[0].boundary_n, paper[0].boundary_n), (bands[2].optimum_p, paper[2].optimum_p)):
+        assert ours == pytest.approx(theirs)
+    assert bands[1].boundary_p == pytest.approx(paper[1].boundary_p, abs=0.02)
+    assert bands[1].boundary_n == pytest.approx(paper[1].boundary_n, abs=0.02)
+    for lower, higher in pairwise(even_bands(6).bands):
+        assert lower.boundary_n < higher.boundary_p
+    with pytest.raises(ValueError, match="at least 2 grades"):
+        even_bands(1)
 
 
 def test_supcon_weighs_an_exact_positive_twice_a_partial_one():
@@ -225,7 +239,7 @@ def test_an_empty_batch_gives_zero_that_can_be_differentiated(shape):
 
 @pytest.mark.parametrize("padding", [float("nan"), float("inf"), 1e30])
 def test_padding_changes_neither_loss_nor_gradient_whatever_it_holds(padding):
-    similarity, grade = random_instances(list(FORMATS.values()), seed=11)
+    similarity, grade = random_rows(list(FORMATS.values()), seed=11)
     grade[2] = -1  # a query of nothing but padding
     dirty = similarity.masked_fill(grade < 0, padding)
     for loss in (
@@ -257,7 +271,7 @@ def test_extreme_scale_and_temperature_stay_finite():
 
 
 def test_half_precision_similarities_are_computed_in_float32():
-    similarity, grade = random_instances(list(FORMATS.values()), seed=5)
+    similarity, grade = random_rows(list(FORMATS.values()), seed=5)
     half = similarity.to(torch.bfloat16)
     for loss in (
         lambda s: circle_loss(s, grade, MARGINS),

@@ -1,5 +1,6 @@
 import io
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,9 +10,8 @@ from conf.load import ConfigError, load
 from embeddings.batches import BatchRecipe, Instance
 from embeddings.encoder import EncoderRecipe, build_encoder, encode
 from embeddings.lexical import CatalogText
-from embeddings.losses import supcon_loss
-from embeddings.recipes import LexicalRecipe
-from embeddings.training import ContrastiveTrainer, TrainRecipe, by_length, plan_steps, use_bf16, with_in_batch
+from embeddings.recipes import LexicalRecipe, LossName, LossRecipe, LossTerm
+from embeddings.training import ContrastiveTrainer, TrainRecipe, by_length, plan_steps, use_bf16
 from embeddings.validation import build_validation, validation_ndcg
 from tests.tiny_models import tiny_bert_folder
 
@@ -19,6 +19,15 @@ WORDS = ["lamp", "hose", "shoe", "drill", "sofa", "kettle", "paint", "rug"]
 BATCH = BatchRecipe(queries_per_step=4, max_products_per_query=4)
 CATALOG = [CatalogText(f"{word} {number}", f"{word} {number}") for word in WORDS for number in range(4)]
 LEXICAL = LexicalRecipe(steps=3, products_per_step=12, products_per_seed=4, learning_rate=1e-3)
+IN_BATCH = LossTerm(loss="supcon", in_batch=True)
+EVERY_LOSS = LossRecipe(
+    terms=(
+        *(LossTerm(loss=name, weight=0.5 + place) for place, name in enumerate(get_args(LossName))),
+        IN_BATCH,
+        LossTerm(loss="infonce", in_batch=True),
+    ),
+    matryoshka=(16, 32),
+)
 QUERIES = [f"red {word}" for word in WORDS]
 EXACT = [f"{word} red" for word in WORDS]
 
@@ -156,9 +165,20 @@ def test_lexical_steps_without_products_are_refused(folders):
     [
         TrainRecipe(stage=1, max_steps=120, batch=BATCH, learning_rate=1e-3, head_learning_rate=1e-3),
         TrainRecipe(stage=2, max_steps=120, batch=BATCH, learning_rate=1e-3, head_learning_rate=1e-3),
-        TrainRecipe(stage=2, ranking_weight=0.5, max_steps=120, batch=BATCH, learning_rate=1e-3, precision="bf16"),
+        TrainRecipe(
+            loss=LossRecipe(terms=(LossTerm(loss="circle"), LossTerm(loss="supcon", weight=0.5))),
+            max_steps=120,
+            batch=BATCH,
+            learning_rate=1e-3,
+            precision="bf16",
+        ),
+        *(
+            TrainRecipe(loss=LossRecipe(terms=(LossTerm(loss=name),)), max_steps=120, batch=BATCH, learning_rate=1e-3)
+            for name in get_args(LossName)
+            if name not in ("supcon", "circle", "background", "rg2", "rgx")
+        ),
     ],
-    ids=["supcon", "circle", "circle and supcon in bf16"],
+    ids=lambda recipe: " and ".join(term.loss for term in recipe.terms),
 )
 def test_loss_falls_and_grades_come_apart_on_a_toy(build, recipe):
     history = run(build(recipe), recipe.max_steps)
@@ -168,18 +188,6 @@ def test_loss_falls_and_grades_come_apart_on_a_toy(build, recipe):
         np.mean([metrics[f"similarity_grade_{grade}"] for metrics in history[-4:]]) for grade in (2, 1, 0)
     )
     assert exact > partial > irrelevant
-
-
-def test_in_batch_negatives_stand_below_the_ceiling_and_have_no_grade():
-    own, grade = torch.tensor([[0.8, 0.2], [0.4, 0.1]]), torch.tensor([[2, 0], [0, -1]], dtype=torch.int8)
-    every = torch.tensor([[0.8, 0.2, 0.73, 0.71, 0.3], [0.4, 0.9, 0.1, 0.2, -0.5]], requires_grad=True)
-    is_foreign = torch.tensor([[False, False, True, True, False], [False, True, True, True, True]])
-    similarity, grades = with_in_batch(own, grade, every, is_foreign, 0.9)
-    # .73 is too near to the positive's .8; the fifth is graded under the query; the second query has no positive
-    assert grades.tolist() == [[2, 0, -1, -1, -1, 0, -1], [0, -1, -1, -1, -1, -1, -1]]
-    assert torch.equal(similarity, torch.cat([own, every], dim=1))
-    supcon_loss(similarity, grades, torch.tensor(0.1)).backward()
-    assert (every.grad != 0).tolist() == [[False, False, False, True, False], [False] * 5]
 
 
 def test_in_batch_negatives_hold_the_scale_down(build):
@@ -192,27 +200,20 @@ def test_in_batch_negatives_hold_the_scale_down(build):
         vectors = [encode(trainer.model, texts, side) for texts, side in ((QUERIES, "query"), (EXACT, "document"))]
         return (vectors[0] @ vectors[1].T)[~np.eye(len(QUERIES), dtype=bool)].mean()
 
-    assert other_queries(in_batch_ceiling=0.95) < other_queries() - 0.05
+    alone = other_queries()
+    assert other_queries(loss=LossRecipe(terms=(IN_BATCH,))) < alone - 0.05
+    anchored = (LossTerm(loss="supcon"), LossTerm(loss="background", weight=10.0))
+    assert abs(other_queries(loss=LossRecipe(terms=anchored, background_cosine=0.0))) < alone - 0.05
 
 
-def test_in_batch_negatives_enter_the_ranking_loss_and_need_one(build):
-    def loss(**settings):
-        return build(TrainRecipe(max_steps=2, batch=BATCH, **settings), dropout=0.0).step_loss(1)[0].item()
-
-    assert loss(stage=1, in_batch_ceiling=1.0) > loss(stage=1)
-    with pytest.raises(ValueError, match="set ranking_weight above 0"):
-        TrainRecipe(stage=2, in_batch_ceiling=1.0)
-    with_ranking = loss(stage=2, ranking_weight=1.0)
-    gained = loss(stage=2, ranking_weight=1.0, in_batch_ceiling=1.0) - with_ranking
-    # the circle loss does not see them: what is gained is what supcon alone gains
-    assert gained == pytest.approx(loss(stage=1, in_batch_ceiling=1.0) - loss(stage=1), rel=1e-4)
-    assert gained > 0
+# what reads other queries' products sees those of its own worker alone
+OWN_ONLY = LossRecipe(terms=tuple(t for t in EVERY_LOSS.terms if not t.in_batch and t.loss != "background"))
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("loss", [LossRecipe(), LossRecipe(terms=(LossTerm(loss="circle"),)), OWN_ONLY])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_mean_gradient_over_workers_equals_that_of_one_worker(build, stage, world_size):
-    recipe = TrainRecipe(stage=stage, max_steps=4, batch=BATCH, precision="fp32")
+def test_mean_gradient_over_workers_equals_that_of_one_worker(build, loss, world_size):
+    recipe = TrainRecipe(loss=loss, max_steps=4, batch=BATCH, precision="fp32")
 
     def gradients(rank, workers):
         # in float64: padding differs between workers, and float32 sums differ with it
@@ -232,7 +233,7 @@ def test_mean_gradient_over_workers_equals_that_of_one_worker(build, stage, worl
 @pytest.mark.usefixtures("one_process_group")
 def test_ddp_finds_a_gradient_for_every_weight(build):
     """A weight that no gradient reaches makes DDP raise at the next step."""
-    recipe = TrainRecipe(max_steps=2, batch=BATCH, lexical=LEXICAL)
+    recipe = TrainRecipe(loss=EVERY_LOSS, max_steps=2, batch=BATCH, lexical=LEXICAL)
     trainer = build(recipe, wrap=torch.nn.parallel.DistributedDataParallel)
     assert all(metrics["learning_rate"] > 0 for metrics in run(trainer, 5))
 
@@ -286,11 +287,12 @@ def test_metrics_of_a_step_are_those_of_the_drawn_texts(build):
 
 
 def test_temperature_is_learned_by_supcon_only_and_stays_in_bounds(build):
-    supcon = build(TrainRecipe(max_steps=5, batch=BATCH, temperature=0.01, head_learning_rate=1.0, warmup_share=0.0))
+    cold = LossRecipe(temperature=0.01)
+    supcon = build(TrainRecipe(max_steps=5, batch=BATCH, loss=cold, head_learning_rate=1.0, warmup_share=0.0))
     run(supcon, 5)
-    assert 0.0099 < math.exp(supcon.tower.log_temperature.item()) < 1.0001
+    assert 0.0099 < supcon.tower.loss.temperature.item() < 1.0001
     circle = build(TrainRecipe(stage=2, max_steps=5, batch=BATCH))
-    assert not circle.tower.log_temperature.requires_grad
+    assert not circle.tower.loss.log_temperature.requires_grad
 
 
 def test_steps_out_of_order_and_foreign_checkpoints_are_refused(build):
@@ -304,7 +306,7 @@ def test_steps_out_of_order_and_foreign_checkpoints_are_refused(build):
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(build):
     trainer = build(TrainRecipe(max_steps=5, batch=BATCH))
     before = parameters(trainer)
-    hook = trainer.tower.log_temperature.register_hook(lambda gradient: gradient * math.nan)
+    hook = trainer.tower.loss.log_temperature.register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(FloatingPointError, match="learning_rate"):
         trainer.train_step(0)
     hook.remove()
@@ -322,8 +324,10 @@ def test_deterministic_runs_stay_in_fp32_unless_told_otherwise():
 
 
 def test_a_weight_that_would_be_ignored_is_refused():
-    with pytest.raises(ConfigError, match="ranking_weight"):
-        load(TrainRecipe, {"stage": 1, "ranking_weight": 0.5})
+    with pytest.raises(ConfigError, match="margin_mse does not read"):
+        load(TrainRecipe, {}, ["loss.terms=[{loss: margin_mse, in_batch: true}]"])
+    with pytest.raises(ConfigError, match=r"loss\.terms"):
+        load(TrainRecipe, {}, ["loss.terms=[{loss: margin_mse, wieght: 2}]"])
 
 
 def test_validation_ndcg_equals_the_value_by_hand(monkeypatch):

@@ -15,7 +15,7 @@ from embeddings.batches import BatchRecipe
 from embeddings.encoder import load_encoder
 from embeddings.lexical import CatalogText
 from embeddings.mining import MiningRecipe
-from embeddings.recipes import EncoderRecipe, TrainRecipe
+from embeddings.recipes import EncoderRecipe, LossRecipe, LossTerm, TrainRecipe
 from embeddings.text import TextRecipe
 from jobs import embed_catalog, evaluate_retrieval, mine_hard_pairs, search, train_encoder
 from lake import tables
@@ -128,7 +128,8 @@ def chain(ray_cluster, tmp_path_factory):
         placement=embed_catalog.SearchPlacement(embed=EMBED),
     )
     records["mined"] = mine_hard_pairs.run(mining)
-    train = dataclasses.replace(recipe.train, stage=2, ranking_weight=1.0, in_batch_ceiling=0.95, pretrained_share=0.99)
+    loss = LossRecipe(terms=(LossTerm(loss="circle"), LossTerm(loss="supcon", in_batch=True)))
+    train = dataclasses.replace(recipe.train, stage=2, loss=loss, pretrained_share=0.99)
     second = dataclasses.replace(recipe, train=train, leave_out=("sampled",))
     records["stage2"] = train_encoder.run(
         dataclasses.replace(base, inputs=train_encoder.Inputs(model=stage1), recipe=second)
@@ -174,12 +175,17 @@ def test_pairs_of_left_out_sources_stay_known_as_graded():
         "product_ids": ["a", "b", "c", "gone"],
         "grades": [2, 0, 1, 0],
         "sources": ["human", "sampled", "mined", "sampled"],
+        "at_least_1": [0.9, 0.2, 0.7, 0.0],
+        "at_least_2": [0.75, 0.1, 0.25, 0.0],
     }
     products = {("toy", name): CatalogText(f"text {name}", name) for name in "abc"}
     instance = train_encoder._train_instance(row, products, ("sampled",))
     assert (instance.products, instance.grades.tolist()) == (["text a", "text c"], [2, 1])
     assert instance.left_out == ["text b"]
+    np.testing.assert_allclose(instance.known_shares, [[0.9, 0.75], [0.7, 0.25]], rtol=1e-6)
     assert train_encoder._train_instance(row, products, ()).products == ["text a", "text b", "text c"]
+    before = train_encoder._train_instance(row | {"at_least_1": None, "at_least_2": None}, products, ("sampled",))
+    assert before.known_shares.tolist() == [[1, 1], [1, 0]]
 
 
 def test_mined_pairs_are_ungraded_unique_and_in_their_band(chain):

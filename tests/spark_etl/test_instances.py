@@ -189,3 +189,21 @@ def test_a_stronger_labeller_goes_before_the_one_whose_abstentions_it_was_asked_
     tables = tables_of(spark, consensus=[("q1", "p0", 0)], candidates=candidates, ledger=ledger)
     found = built(tables, InstancesRecipe(labeller="new", stronger="strong"))
     assert found["q1"] == [("p0", 0, "human"), ("p1", 2, "sampled"), ("p2", 1, "sampled")]
+
+
+def test_shares_are_those_of_raters_and_probabilities_of_the_labeller(spark):
+    tables = tables_of(
+        spark,
+        consensus=[("q1", "p0", 2)],
+        verdicts=[("q1", "p2", 1)],
+        candidates=[("q1", "p1", "sampled")],
+        ledger=[grade_row("shoe", "p1", 1, probability=0.7)],
+    )
+    soft = {"p0": (0.9, 0.6), "p2": (0.1, 0.0)}
+    marks = [("d", "q1", p, 2 - 2 * (p == "p2"), 3, 1.0, *soft[p], "human") for p in soft]
+    tables["annotation_consensus"] = spark.createDataFrame(marks, tables["annotation_consensus"].schema)
+
+    (row,) = build_instances(tables, InstancesRecipe()).collect()
+
+    found = dict(zip(row["product_ids"], zip(row["at_least_1"], row["at_least_2"], strict=True), strict=True))
+    assert found == {"p0": (0.9, 0.6), "p1": (pytest.approx(0.85), pytest.approx(0.15)), "p2": (1.0, 0.0)}
