@@ -223,6 +223,12 @@ class TrainRecipe:
     gradient_clip: Annotated[float, meaning("longest gradient", "L2 norm", gt=0)] = 1.0
     batch: Annotated[BatchRecipe, meaning("size and make-up of a step")] = BatchRecipe()
     lexical: Annotated[LexicalRecipe, meaning("steps that learn the catalogue's words first")] = LexicalRecipe()
+    texts_per_pass: Annotated[
+        int,
+        meaning(
+            "texts computed at a time, in two passes; memory is theirs, the gradient the step's; 0: all at once", ge=0
+        ),
+    ] = 0
     precision: Annotated[
         Literal["auto", "fp32", "bf16"],
         meaning("auto is bf16 where hardware computes it, unless deterministic"),

@@ -16,8 +16,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from conf.load import fingerprint
 from embeddings.backbone import has_fast_bf16
-from embeddings.batches import Instance, InstanceSampler, collate, stable_seed
-from embeddings.encoder import encode, forward, tokenize
+from embeddings.batches import Instance, InstanceSampler, StepBatch, collate, stable_seed
+from embeddings.encoder import Side, encode, forward, tokenize
 from embeddings.graded_loss import GradedLoss, StepTargets
+from embeddings.gradient_cache import backward_in_passes
 from embeddings.lexical import CatalogText, LexicalSampler
 from embeddings.losses import lexical_loss
 from embeddings.recipes import TrainRecipe as TrainRecipe
@@ -60,18 +61,21 @@ class TwoTower(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.loss = GradedLoss(recipe.loss, recipe.terms).to(encoder.device)
+        self._width = encoder.get_embedding_dimension()
         for name, parameter in encoder.named_parameters():
             # BERT's pooler is behind no vector of ours; DDP waits forever for gradients that never come
             if ".pooler." in name:
                 parameter.requires_grad_(False)
 
     def forward(
-        self, query_features: Mapping[str, Any], document_groups: Sequence[Mapping[str, Any]]
+        self, query_groups: Sequence[Mapping[str, Any]], document_groups: Sequence[Mapping[str, Any]]
     ) -> tuple[Tensor, Tensor]:
-        """Query vectors [U, D] and the groups' document vectors [U, D], float32 and normalised."""
-        query_UD = forward(self.encoder, query_features, "query")
-        document_UD = torch.cat([forward(self.encoder, features, "document") for features in document_groups])
-        return query_UD, document_UD
+        """The groups' query vectors [U, D] and document vectors [U, D], float32 and normalised."""
+        return self._side(query_groups, "query"), self._side(document_groups, "document")
+
+    def _side(self, groups: Sequence[Mapping[str, Any]], side: Side) -> Tensor:
+        vectors = [forward(self.encoder, features, side) for features in groups]
+        return torch.cat(vectors) if vectors else torch.empty(0, self._width, device=self.encoder.device)
 
 
 class ContrastiveTrainer:
@@ -141,8 +145,7 @@ class ContrastiveTrainer:
                 self.optimizer, self._teacher = self._new_optimizer(), None
             rate = self._set_learning_rate(step)
             self.optimizer.zero_grad(set_to_none=True)
-            loss, metrics = self.step_loss(step)
-            loss.backward()  # type: ignore[no-untyped-call]
+            metrics = self._backward(step)
             norm = float(nn.utils.clip_grad_norm_(self.tower.parameters(), self.recipe.gradient_clip))
             if not math.isfinite(norm):
                 raise FloatingPointError(
@@ -158,7 +161,10 @@ class ContrastiveTrainer:
         if step < self.num_lexical:
             return self._lexical_step(step)
         batch = collate(self.sampler.step_instances(step - self.num_lexical, self.rank, self.world_size))
-        query_UD, document_UD = self._vectors(tokenize(self.model, batch.query_texts, "query"), batch.document_texts)
+        vectors = self._vectors(tokenize(self.model, batch.query_texts, "query"), batch.document_texts)
+        return self._graded_loss(batch, *vectors)
+
+    def _graded_loss(self, batch: StepBatch, query_UD: Tensor, document_UD: Tensor) -> tuple[Tensor, dict[str, float]]:
         place = query_UD.device
         targets = StepTargets(
             *(
@@ -203,6 +209,58 @@ class ContrastiveTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 
+    def _backward(self, step: int) -> dict[str, float]:
+        """Leaves the step's gradient in the weights, in passes if the recipe wants it; returns what is measured."""
+        if not self.recipe.texts_per_pass or step < self.num_lexical:
+            loss, metrics = self.step_loss(step)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return metrics
+        batch = collate(self.sampler.step_instances(step - self.num_lexical, self.rank, self.world_size))
+        queries, documents = (
+            by_length(texts, self.recipe.texts_per_pass) for texts in (batch.query_texts, batch.document_texts)
+        )
+        # the last pass holds both kinds, so that it touches both heads
+        parts: list[tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]] = [
+            *((group, None) for group in queries[1:]),
+            *((None, group) for group in documents[1:]),
+            (queries[0], documents[0]),
+        ]
+        measured: dict[str, float] = {}
+
+        def loss_of(query_UD: Tensor, document_UD: Tensor) -> Tensor:
+            orders = ([*groups[1:], groups[0]] for groups in (queries, documents))
+            back = [torch.from_numpy(np.argsort(np.concatenate(order))).to(query_UD.device) for order in orders]
+            loss, metrics = self._graded_loss(batch, query_UD[back[0]], document_UD[back[1]])
+            measured.update(metrics)
+            return loss
+
+        backward_in_passes(
+            [partial(self._pass, batch, stable_seed(step, place), *part) for place, part in enumerate(parts)],
+            loss_of,
+            [parameter for parameter in self.tower.loss.parameters() if parameter.requires_grad],
+            self._alone,
+        )
+        return measured
+
+    def _pass(
+        self, batch: StepBatch, seed: int, queries: NDArray[np.int64] | None, documents: NDArray[np.int64] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Vectors of some queries and products of a step, with the same dropout every time."""
+        torch.manual_seed(stable_seed(self.recipe.seed, seed, self.rank))
+        query_groups = [] if queries is None else [tokenize(self.model, _at(batch.query_texts, queries), "query")]
+        document_groups = (
+            [] if documents is None else [tokenize(self.model, _at(batch.document_texts, documents), "document")]
+        )
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+            vectors: tuple[Tensor, Tensor] = self._parallel(query_groups, document_groups)
+        return vectors
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Gradients stay with this worker inside."""
+        if isinstance(self._parallel, nn.parallel.DistributedDataParallel):
+            return self._parallel.no_sync()
+        return nullcontext()
+
     def _lexical_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
         assert self._teacher is not None
         batch = self._teacher.sampler.step_batch(step, self.rank, self.world_size)
@@ -224,8 +282,8 @@ class ContrastiveTrainer:
         groups = by_length(document_texts, TEXTS_PER_GROUP[self.model.device.type == "cuda"])
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
             query_UD, grouped_UD = self._parallel(
-                query_features,
-                [tokenize(self.model, [document_texts[text] for text in group], "document") for group in groups],
+                [query_features],
+                [tokenize(self.model, _at(document_texts, group), "document") for group in groups],
             )
         return query_UD, grouped_UD[torch.from_numpy(np.argsort(np.concatenate(groups))).to(query_UD.device)]
 
@@ -288,6 +346,10 @@ def by_length(texts: Sequence[str], size: int) -> list[NDArray[np.int64]]:
     """Positions of the texts in groups of at most `size`, shortest first, so that little of a group is padding."""
     order = np.array(sorted(range(len(texts)), key=lambda place: (len(texts[place]), place)), dtype=np.int64)
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _at(texts: Sequence[str], places: NDArray[np.int64]) -> list[str]:
+    return [texts[place] for place in places]
 
 
 def _parameter_groups(tower: TwoTower, recipe: TrainRecipe) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conf.load import ConfigError, load
-from embeddings.batches import BatchRecipe, Instance
+from embeddings.batches import BatchRecipe, Instance, collate
 from embeddings.encoder import EncoderRecipe, build_encoder, encode
 from embeddings.lexical import CatalogText
 from embeddings.recipes import LexicalRecipe, LossName, LossRecipe, LossTerm
@@ -230,10 +230,41 @@ def test_mean_gradient_over_workers_equals_that_of_one_worker(build, loss, world
         torch.testing.assert_close(mean, expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("texts_per_pass", [1, 3, 100])
+def test_a_step_in_passes_has_the_gradient_of_the_whole_step(build, texts_per_pass):
+    def gradients(**settings):
+        recipe = TrainRecipe(loss=EVERY_LOSS, max_steps=4, batch=BATCH, precision="fp32", **settings)
+        trainer = build(recipe, dropout=0.0, wrap=torch.nn.Module.double)
+        metrics = trainer._backward(1)
+        return metrics, {name: each.grad for name, each in trainer.tower.named_parameters() if each.requires_grad}
+
+    metrics, expected = gradients()
+    same_metrics, found = gradients(texts_per_pass=texts_per_pass)
+
+    assert same_metrics == pytest.approx(metrics, rel=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_a_step_in_passes_sees_one_dropout_and_repeats_itself(build):
+    recipe = TrainRecipe(max_steps=4, batch=BATCH, precision="fp32", texts_per_pass=3)
+    one, other = build(recipe), build(recipe)
+    run(one, 3)
+    run(other, 3)
+    first = parameters(one)
+    assert all(torch.equal(value, first[name]) for name, value in parameters(other).items())
+    # what is computed twice is the same, or the gradient would be of other vectors
+    batch, places = collate(one.sampler.step_instances(0, 0, 1)), np.array([0, 2])
+    same, again, other_seed = (one._pass(batch, seed, None, places)[1] for seed in (1, 1, 2))
+    assert torch.equal(same, again)
+    assert not torch.equal(same, other_seed)
+
+
+@pytest.mark.parametrize("texts_per_pass", [0, 3])
 @pytest.mark.usefixtures("one_process_group")
-def test_ddp_finds_a_gradient_for_every_weight(build):
+def test_ddp_finds_a_gradient_for_every_weight(build, texts_per_pass):
     """A weight that no gradient reaches makes DDP raise at the next step."""
-    recipe = TrainRecipe(loss=EVERY_LOSS, max_steps=2, batch=BATCH, lexical=LEXICAL)
+    recipe = TrainRecipe(loss=EVERY_LOSS, max_steps=2, batch=BATCH, lexical=LEXICAL, texts_per_pass=texts_per_pass)
     trainer = build(recipe, wrap=torch.nn.parallel.DistributedDataParallel)
     assert all(metrics["learning_rate"] > 0 for metrics in run(trainer, 5))
 
