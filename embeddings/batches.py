@@ -38,12 +38,20 @@ class BatchRecipe:
     share_irrelevant: Annotated[
         float, meaning("aimed share of grade 0 in a draw; other grades fill what is missing", ge=0, le=1)
     ] = 0.65
+    max_per_grade: Annotated[
+        tuple[int, int, int] | None,
+        meaning("most products of grades 0, 1 and 2 in a draw; null: no limit of their own", "products"),
+    ] = None
     share_with_irrelevant: Annotated[
         float,
         meaning(
             "least share of the instances that hold grade 0; others are left out by chance to reach it", ge=0, le=1
         ),
     ] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_per_grade is not None and (min(self.max_per_grade) < 0 or not any(self.max_per_grade)):
+            raise ValueError("max_per_grade: expected numbers of products, one of them above 0, or null")
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,6 @@ class Instance:
         if self.shares is not None:
             return self.shares
         return (self.grades[:, None] >= np.array([1, 2])).astype(np.float32)
-
-    @property
-    def has_contrast(self) -> bool:
-        """Whether two products differ in grade; without that neither loss has a gradient."""
-        return np.unique(self.grades).size > 1
 
 
 @dataclass(frozen=True)
@@ -109,20 +112,30 @@ class InstanceSampler:
         instances: those without a contrast, and those past the recipe's shares, are left out and counted in the log.
         recipe: size and make-up of a step.
         seed: decides the order and the draws, together with epoch and key of the query.
+        needs_contrast: False where products of other queries are the contrast of every loss: then an instance with any
+            positive among what may be drawn counts.
 
     Raises:
         ValueError: no instance has products of two grades.
     """
 
-    def __init__(self, instances: Sequence[Instance], recipe: BatchRecipe, seed: int) -> None:
-        self.instances = [instance for instance in instances if instance.has_contrast]
+    def __init__(
+        self, instances: Sequence[Instance], recipe: BatchRecipe, seed: int, *, needs_contrast: bool = True
+    ) -> None:
+        self.instances = [
+            instance
+            for instance in instances
+            if (drawable := _drawable(instance.grades, recipe)).size
+            and (np.unique(drawable).size > 1 if needs_contrast else drawable.max() > 0)
+        ]
         if not self.instances:
             raise ValueError(
                 f"training instances: expected products of two grades under a query, "
                 f"found none in {len(instances)}; grade more pairs or sample more products per query"
             )
         if left_out := len(instances) - len(self.instances):
-            log.info("%d of %d instances left out: all products of one grade", left_out, len(instances))
+            reason = "all products of one grade" if needs_contrast else "no product above grade 0"
+            log.info("%d of %d instances left out: %s", left_out, len(instances), reason)
         self.instances = _enough_with_irrelevant(self.instances, recipe.share_with_irrelevant, seed)
         self.recipe, self.seed = recipe, seed
 
@@ -163,9 +176,13 @@ def _enough_with_irrelevant(instances: list[Instance], share: float, seed: int) 
 
 
 def draw_products(instance: Instance, recipe: BatchRecipe, seed: int) -> Instance:
-    """At most `max_products_per_query` products: one per grade present, the rest by `share_irrelevant`."""
-    limit = recipe.max_products_per_query
-    if len(instance.products) <= limit:
+    """At most `max_products_per_query` products: one per grade present, the rest by `share_irrelevant`.
+
+    Of a grade there are at most as many as `max_per_grade` says.
+    """
+    limit, most = recipe.max_products_per_query, recipe.max_per_grade
+    is_full = most is not None and any(np.count_nonzero(instance.grades == g) > most[g] for g in range(len(most)))
+    if len(instance.products) <= limit and not is_full:
         return instance
     shuffled = np.random.default_rng(seed).permutation(len(instance.products))
     grades = instance.grades[shuffled]
@@ -177,11 +194,19 @@ def draw_products(instance: Instance, recipe: BatchRecipe, seed: int) -> Instanc
     place = np.where(irrelevant, rank_in_grade, np.cumsum(~irrelevant) - 1)
     # first one of each grade, then what the quotas hold, then whatever fills the draw; each in shuffled order
     order = np.lexsort((np.arange(len(grades)), place >= quota, rank_in_grade > 0))
-    chosen, rest = np.sort(shuffled[order[:limit]]), np.sort(shuffled[order[limit:]])
+    if most is not None:
+        order = order[rank_in_grade[order] < np.array(most)[grades[order]]]
+    chosen = np.sort(shuffled[order[:limit]])
+    rest = np.setdiff1d(shuffled, chosen)
     products = instance.products
     drawn, left_out = [products[i] for i in chosen], [*instance.left_out, *(products[i] for i in rest)]
     shares = None if instance.shares is None else instance.shares[chosen]
     return Instance(instance.key, instance.query, drawn, instance.grades[chosen], shares, left_out)
+
+
+def _drawable(grade_P: NDArray[np.int8], recipe: BatchRecipe) -> NDArray[np.int8]:
+    """The grades of which a draw may hold a product."""
+    return grade_P if recipe.max_per_grade is None else grade_P[np.array(recipe.max_per_grade)[grade_P] > 0]
 
 
 def collate(instances: Sequence[Instance]) -> StepBatch:

@@ -2,7 +2,7 @@
 
 Queries are ranked over the full catalogue; judged pairs are scored whether the ranking reaches them or not.
 
-Q queries, P products, N judged pairs.
+Q queries, P products, N judged pairs, S encoders that differ in their seed.
 """
 
 from __future__ import annotations
@@ -119,16 +119,33 @@ def measure(
     )
 
 
-def gains(new: Measured, old: Measured, *, seed: int) -> dict[str, Interval]:
-    """Mean paired differences new - old with 95 % bootstrap intervals over queries: all per-query metrics and AUCs."""
-    both = [(a, b) for a, b in zip(new.per_query, old.per_query, strict=True) if a is not None and b is not None]
+def gains(new: Sequence[Measured], old: Sequence[Measured], *, seed: int) -> dict[str, Interval]:
+    """Mean paired differences new - old with 95 % bootstrap intervals over queries: all per-query metrics and AUCs.
+
+    Each side is one encoder, or several that differ in their seed, whose values are averaged before queries are drawn.
+
+    Raises:
+        ValueError: a side holds no encoder.
+    """
+    if not new or not old:
+        raise ValueError("gains: expected at least one encoder on either side")
+    means = [_mean_per_query(side) for side in (new, old)]
+    both = [(a, b) for a, b in zip(*means, strict=True) if a is not None and b is not None]
     found: dict[str, Interval] = {}
     for name in dict.fromkeys(name for metrics, _ in both for name in metrics):
         values = [(a[name], b[name]) for a, b in both if name in a and name in b]
         found[name] = paired_bootstrap([a for a, _ in values], [b for _, b in values], seed=seed)
-    if any((new.grade_N == high).any() and (new.grade_N == low).any() for high, low in GRADE_PAIRS.values()):
-        found |= bootstrap_auc_difference(new.score_N, old.score_N, new.grade_N, new.query_N, seed=seed)
+    grade_N, query_N = new[0].grade_N, new[0].query_N
+    if any((grade_N == high).any() and (grade_N == low).any() for high, low in GRADE_PAIRS.values()):
+        ours_SN, theirs_SN = (np.stack([one.score_N for one in side]) for side in (new, old))
+        found |= bootstrap_auc_difference(ours_SN, theirs_SN, grade_N, query_N, seed=seed)
     return found
+
+
+def mean_metrics(measured: Sequence[Measured]) -> dict[str, float]:
+    """Means over encoders of the metrics that all of them have."""
+    names = [name for name in measured[0].metrics if all(name in one.metrics for one in measured)]
+    return {name: float(np.mean([one.metrics[name] for one in measured])) for name in names}
 
 
 def fit_thresholds(scores: ArrayLike, grades: ArrayLike) -> tuple[float, float] | None:
@@ -156,6 +173,15 @@ def fit_thresholds(scores: ArrayLike, grades: ArrayLike) -> tuple[float, float] 
     kappa = 1 - observed / np.maximum(expected, 1e-12)
     best = int(np.argmax(kappa))
     return float(cuts[low[best]]), float(cuts[high[best]])
+
+
+def _mean_per_query(side: Sequence[Measured]) -> list[dict[str, float] | None]:
+    """Of each query the metrics' means over the encoders; which queries and metrics there are hangs on grades alone."""
+    found: list[dict[str, float] | None] = []
+    for of_query in zip(*(one.per_query for one in side), strict=True):
+        known = [metrics for metrics in of_query if metrics is not None]
+        found.append({name: float(np.mean([each[name] for each in known])) for name in known[0]} if known else None)
+    return found
 
 
 def _means(per_query: Sequence[Mapping[str, float] | None]) -> dict[str, float]:

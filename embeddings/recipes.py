@@ -211,6 +211,12 @@ class TrainRecipe:
     loss: Annotated[LossRecipe, meaning("what is minimised")] = LossRecipe()
     epochs: Annotated[float, meaning("passes over the instances", "epochs", gt=0)] = 2.0
     max_steps: Annotated[int, meaning("steps instead of epochs; 0 leaves it to epochs", "steps", ge=0)] = 0
+    max_texts: Annotated[
+        int,
+        meaning(
+            "distinct texts through the encoder in all graded steps, at which they end; 0: no limit", "texts", ge=0
+        ),
+    ] = 0
     learning_rate: Annotated[float, meaning("peak rate of the pretrained weights", gt=0)] = 5e-5
     head_learning_rate: Annotated[float, meaning("peak rate of heads and temperature", gt=0)] = 2e-4
     warmup_share: Annotated[float, meaning("share of the steps with a rising rate; then it falls to 0", ge=0, le=1)] = (
@@ -246,6 +252,11 @@ class TrainRecipe:
     def terms(self) -> tuple[LossTerm, ...]:
         """The losses that are summed: the recipe's, or the paper's of the stage."""
         return self.loss.terms or (LossTerm(loss="supcon" if self.stage == 1 else "circle"),)
+
+    @property
+    def needs_contrast(self) -> bool:
+        """Whether a query without products of two grades teaches nothing: no loss brings others beside its own."""
+        return not all(term.in_batch or term.loss == "background" for term in self.terms)
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ right.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -85,8 +85,8 @@ def bootstrap_auc_difference(
     reweights the pairs, in O(N). Resamples that lack a grade are left out of that pair's interval.
 
     Args:
-        scores_a: a cosine per judged pair.
-        scores_b: those of the other model, for the same pairs.
+        scores_a: a cosine per judged pair; of several models a row each, whose AUCs are averaged.
+        scores_b: those of the other model or models, for the same pairs.
         grades: 0, 1 or 2 per pair.
         query_index: an integer per pair, equal for pairs of one query.
         resamples: number of draws.
@@ -95,11 +95,13 @@ def bootstrap_auc_difference(
     Returns:
         An interval for each of `auc_2v1`, `auc_1v0`, `auc_2v0` whose grades are present.
     """
-    score_a_N, grade_N, query_N = _aligned(scores_a, grades, query_index)
-    score_b_N = _aligned(scores_b, grades, query_index)[0]
+    sides = [np.atleast_2d(np.asarray(scores, dtype=np.float64)) for scores in (scores_a, scores_b)]
+    _, grade_N, query_N = _aligned(sides[0][0], grades, query_index)
+    for score_N in (*sides[0], *sides[1]):
+        _aligned(score_N, grades, query_index)
     _, query_N = np.unique(query_N, return_inverse=True)
     pairs = {
-        name: (_weighted_auc(score_a_N, grade_N, high, low), _weighted_auc(score_b_N, grade_N, high, low))
+        name: tuple(_mean_of([_weighted_auc(score_N, grade_N, high, low) for score_N in side]) for side in sides)
         for name, (high, low) in GRADE_PAIRS.items()
         if (grade_N == high).any() and (grade_N == low).any()
     }
@@ -157,6 +159,12 @@ def _weighted_auc(
         return float(weight_high @ (low_mass[below] + low_mass[up_to]) / (2 * pairs)) if pairs else float("nan")
 
     return weigh
+
+
+def _mean_of(
+    values: Sequence[Callable[[NDArray[np.float64]], float]],
+) -> Callable[[NDArray[np.float64]], float]:
+    return lambda weight_N: float(np.mean([value(weight_N) for value in values]))
 
 
 def _interval(difference: float, resampled: list[float]) -> Interval:

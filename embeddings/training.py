@@ -42,9 +42,19 @@ TEXTS_PER_GROUP = {False: 48, True: 1024}
 and memory for padding; a GPU wants few, large passes."""
 
 
-def plan_steps(recipe: TrainRecipe, num_instances: int) -> int:
-    """Graded steps of a run: `max_steps`, or as many as `epochs` over the instances take."""
-    return recipe.max_steps or max(1, math.ceil(recipe.epochs * num_instances / recipe.batch.queries_per_step))
+def plan_steps(recipe: TrainRecipe, sampler: InstanceSampler) -> int:
+    """Graded steps of a run: `max_steps`, or as many as `epochs` over the instances take; fewer under `max_texts`.
+
+    Texts are counted as one worker has them; several have a few more, since what two of them draw is encoded twice.
+    """
+    num_steps = max(1, math.ceil(recipe.epochs * len(sampler.instances) / recipe.batch.queries_per_step))
+    num_steps, num_texts = recipe.max_steps or num_steps, 0
+    for step in range(num_steps if recipe.max_texts else 0):
+        batch = collate(sampler.step_instances(step, 0, 1))
+        num_texts += len(batch.query_texts) + len(batch.document_texts)
+        if num_texts > recipe.max_texts:
+            return max(1, step)
+    return num_steps
 
 
 def use_bf16(recipe: TrainRecipe, device: str) -> bool:
@@ -111,9 +121,9 @@ class ContrastiveTrainer:
         catalog: Sequence[CatalogText] = (),
     ) -> None:
         self.model, self.recipe, self.rank, self.world_size = model, recipe, rank, world_size
-        self.sampler = InstanceSampler(instances, recipe.batch, recipe.seed)
+        self.sampler = InstanceSampler(instances, recipe.batch, recipe.seed, needs_contrast=recipe.needs_contrast)
         self.num_lexical = recipe.lexical.steps
-        self.num_graded = plan_steps(recipe, len(self.sampler.instances))
+        self.num_graded = plan_steps(recipe, self.sampler)
         self.num_steps = self.num_lexical + self.num_graded
         self.bf16 = use_bf16(recipe, model.device.type)
         self._teacher = (

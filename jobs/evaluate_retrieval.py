@@ -221,7 +221,7 @@ def _rows(
         key = {"run_id": current.run_id, "dataset": dataset, "model": name}
         gained = {}
         if name != "pretrained" and "pretrained" in models:
-            gained = gains(measured, models["pretrained"], seed=config.recipe.seed)
+            gained = gains([measured], [models["pretrained"]], seed=config.recipe.seed)
         metrics = measured.metrics | _over_stage1(name, models, config.recipe.seed)
         summaries.append(
             key
@@ -248,7 +248,7 @@ def _over_stage1(name: str, models: Mapping[str, Measured], seed: int) -> dict[s
     """What stage 2 gains over stage 1, as metrics with their intervals."""
     if name != "stage2" or "stage1" not in models:
         return {}
-    gained = gains(models[name], models["stage1"], seed=seed)
+    gained = gains([models[name]], [models["stage1"]], seed=seed)
     return {
         f"{metric}_over_stage1{suffix}": value
         for metric in HEADLINES

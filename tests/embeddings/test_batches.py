@@ -135,3 +135,45 @@ def test_instances_without_grade_0_are_left_out_down_to_their_share(share, kept)
     assert (chosen[0] != chosen[2]) == (3 < kept < 10)
     without = [instance(number, [2, 1]) for number in range(4)]
     assert len(InstanceSampler(without, BatchRecipe(share_with_irrelevant=share), 0).instances) == 4
+
+
+def test_a_draw_holds_at_most_so_many_of_a_grade():
+    whole = instance(1, [2, 2, 2, 1, 1, 0, 0, 0, 0])
+    recipe = BatchRecipe(max_products_per_query=5, max_per_grade=(2, 0, 1))
+
+    for seed in range(5):
+        drawn = draw_products(whole, recipe, seed)
+        assert sorted(drawn.grades.tolist()) == [0, 0, 2]
+        assert sorted([*drawn.products, *drawn.left_out]) == sorted(whole.products)
+    everything = BatchRecipe(max_products_per_query=20, max_per_grade=(9, 9, 9))
+    assert draw_products(whole, everything, 0) is whole
+    # a grade without a place in the draw is no contrast
+    with pytest.raises(ValueError, match="two grades"):
+        InstanceSampler([instance(1, [2, 1])], recipe, seed=0)
+    for limits in ((0, 0, 0), (-1, 1, 1)):
+        with pytest.raises(ValueError, match="max_per_grade"):
+            BatchRecipe(max_per_grade=limits)
+
+
+def test_without_a_need_for_contrast_an_instance_with_a_positive_counts():
+    instances = [instance(1, [2, 2]), instance(2, [0, 0]), instance(3, [2, 0])]
+    kept = InstanceSampler(instances, BatchRecipe(), seed=0, needs_contrast=False).instances
+    assert [one.key[1] for one in kept] == ["1", "3"]
+    assert [one.key[1] for one in InstanceSampler(instances, BatchRecipe(), seed=0).instances] == ["3"]
+
+
+def test_shares_go_with_their_products():
+    shares = np.array([[0.9, 0.8], [0.5, 0.1], [0.2, 0.0]], dtype=np.float32)
+    soft = Instance(("a", "1"), "lamp", ["x", "y", "z"], np.array([2, 1, 0], dtype=np.int8), shares)
+    clean = Instance(("a", "2"), "hose", ["y"], np.array([2], dtype=np.int8))
+
+    batch = collate([soft, clean])
+    drawn = draw_products(soft, BatchRecipe(max_per_grade=(1, 0, 1)), 0)
+
+    np.testing.assert_allclose(batch.shares[0], shares)
+    assert batch.shares[1].tolist()[0] == [1, 1]
+    assert np.isnan(batch.shares[1, 1:]).all()
+    assert dict(zip(drawn.products, drawn.known_shares.tolist(), strict=True)) == {
+        "x": pytest.approx([0.9, 0.8]),
+        "z": pytest.approx([0.2, 0.0]),
+    }

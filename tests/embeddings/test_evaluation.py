@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from embeddings.evaluation import JudgedQuery, fit_thresholds, gains, judged_pairs, measure
+from embeddings.evaluation import JudgedQuery, fit_thresholds, gains, judged_pairs, mean_metrics, measure
 from embeddings.metrics import labeller_agreement
 
 TITLES = {"a": "red shoe", "b": "blue shoe", "c": "lamp", "d": "sofa"}
@@ -37,11 +37,32 @@ def test_metrics_of_a_small_case_by_hand():
 def test_gains_are_paired_differences():
     better = measure(QUERIES, [["a", "b", "c", "d"], ["c", "d", "a", "b"]], np.array([0.9, 0.5, 0.1, 0.2, 0.3]), TITLES)
     worse = measure(QUERIES, [["d", "c", "b", "a"], ["c", "d", "a", "b"]], np.array([0.1, 0.5, 0.9, 0.2, 0.3]), TITLES)
-    found = gains(better, worse, seed=0)
+    found = gains([better], [worse], seed=0)
     expected = better.metrics["ndcg@10"] - worse.metrics["ndcg@10"]
     assert found["ndcg@10"].mean == pytest.approx(expected)
     assert found["auc_2v1"].mean == 1.0
     assert found["auc_2v0"].mean == pytest.approx(1.0)
+
+
+def test_gains_of_several_seeds_are_those_of_their_means():
+    def encoder(best, scores):
+        ranking = [best, *(product for product in "abcd" if product != best)]
+        return measure(QUERIES, [ranking, list("cdab")], np.array(scores), TITLES)
+
+    new = [encoder("a", [0.9, 0.5, 0.1, 0.2, 0.3]), encoder("b", [0.3, 0.5, 0.1, 0.2, 0.3])]
+    old = [encoder("d", [0.1, 0.5, 0.9, 0.2, 0.3])]
+
+    found = gains(new, old, seed=0)
+
+    for name in ("ndcg@10", "auc_2v1"):
+        apart = [one.metrics[name] - old[0].metrics[name] for one in new]
+        assert apart[0] != apart[1]
+        assert found[name].mean == pytest.approx(np.mean(apart)), name
+        assert mean_metrics(new)[name] == pytest.approx(np.mean([one.metrics[name] for one in new]))
+    same = gains([new[0], new[0]], [new[0]], seed=0)
+    assert same["ndcg@10"] == (0, 0, 0)
+    with pytest.raises(ValueError, match="at least one encoder"):
+        gains([], old, seed=0)
 
 
 def test_thresholds_split_separable_grades_without_error():

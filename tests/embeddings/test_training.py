@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conf.load import ConfigError, load
-from embeddings.batches import BatchRecipe, Instance, collate
+from embeddings.batches import BatchRecipe, Instance, InstanceSampler, collate
 from embeddings.encoder import EncoderRecipe, build_encoder, encode
 from embeddings.lexical import CatalogText
 from embeddings.recipes import LexicalRecipe, LossName, LossRecipe, LossTerm
@@ -345,8 +345,34 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_spoils_the_weight
 
 
 def test_steps_follow_from_epochs_unless_given():
-    assert plan_steps(TrainRecipe(epochs=1.5, batch=BATCH), 10) == 4
-    assert plan_steps(TrainRecipe(epochs=1.5, max_steps=7, batch=BATCH), 10) == 7
+    sampler = InstanceSampler(toy_instances()[:10], BATCH, seed=0)
+    assert plan_steps(TrainRecipe(epochs=1.5, batch=BATCH), sampler) == 4
+    assert plan_steps(TrainRecipe(epochs=1.5, max_steps=7, batch=BATCH), sampler) == 7
+
+
+def test_a_budget_of_texts_ends_the_steps_before_it_is_exceeded(build):
+    recipe = TrainRecipe(max_steps=50, max_texts=100, batch=BATCH)
+    trainer = build(recipe)
+
+    history = run(trainer, trainer.num_steps)
+
+    spent = sum(metrics["num_texts"] for metrics in history)
+    assert 100 - 4 * (1 + 4) <= spent <= 100
+    assert history[-1]["learning_rate"] < history[len(history) // 2]["learning_rate"]
+    assert plan_steps(TrainRecipe(max_steps=50, max_texts=1, batch=BATCH), trainer.sampler) == 1
+
+
+def test_queries_of_one_grade_teach_where_every_loss_brings_other_products(build):
+    only_exact = BatchRecipe(queries_per_step=4, max_per_grade=(0, 0, 1))
+    mnrl = LossRecipe(terms=(LossTerm(loss="infonce", in_batch=True),))
+
+    trainer = build(TrainRecipe(loss=mnrl, max_steps=3, batch=only_exact))
+    metrics = run(trainer, 3)
+
+    assert [of["num_texts"] for of in metrics] == [8, 8, 8]
+    assert all(of["gradient_norm"] > 0 for of in metrics)
+    with pytest.raises(ValueError, match="products of two grades"):
+        build(TrainRecipe(max_steps=3, batch=only_exact))
 
 
 def test_deterministic_runs_stay_in_fp32_unless_told_otherwise():
