@@ -103,6 +103,10 @@ class ContrastiveTrainer:
     Raises:
         ValueError: no instance has a contrast, or there are lexical steps and hardly any products.
 
+    Attributes:
+        step: the next one.
+        num_texts: distinct texts of this worker's steps so far.
+
     Example:
         >>> trainer = ContrastiveTrainer(build_encoder(EncoderRecipe()), instances, TrainRecipe())
         >>> for step in range(trainer.step, trainer.num_steps):
@@ -129,7 +133,7 @@ class ContrastiveTrainer:
         self._teacher = (
             _LexicalTeacher(model, catalog, recipe, world_size=world_size, bf16=self.bf16) if self.num_lexical else None
         )
-        self.step = 0
+        self.step, self.num_texts = 0, 0.0
         self.tower = TwoTower(model, recipe)
         self._parallel = wrap(self.tower)
         self.optimizer = self._new_optimizer()
@@ -164,6 +168,7 @@ class ContrastiveTrainer:
             self.optimizer.step()
             self.tower.loss.clamp()
         self.step = step + 1
+        self.num_texts += metrics["num_texts"]
         return {**metrics, "gradient_norm": norm, "learning_rate": rate}
 
     def step_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -200,6 +205,7 @@ class ContrastiveTrainer:
         return {
             "recipe": fingerprint(self.recipe),
             "step": self.step,
+            "num_texts": self.num_texts,
             "tower": self.tower.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -217,7 +223,7 @@ class ContrastiveTrainer:
             )
         self.tower.load_state_dict(state["tower"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        self.step, self.num_texts = state["step"], state["num_texts"]
 
     def _backward(self, step: int) -> dict[str, float]:
         """Leaves the step's gradient in the weights, in passes if the recipe wants it; returns what is measured."""

@@ -58,6 +58,7 @@ RAY_JOBS = (
     "embed_catalog",
     "mine_hard_pairs",
     "evaluate_retrieval",
+    "compare_recipes",
 )
 PLAIN_JOBS = (
     "simulate",

@@ -84,7 +84,7 @@ def run(config: Config) -> RunRecord:
         )
     judged = read_judged(source, versions, config.recipe.split)
     folders = _folders(config, current)
-    found = _measure(config, current, judged, folders)
+    found = measure_encoders(current, judged, folders, config.recipe.embedding, config.placement)
     metrics = _write(config, current, judged, found, folders)
     outputs = {
         spec.name: tables.version(current.lake, spec) or 0 for spec in (EVALUATION, EVALUATION_QUERY, EVALUATION_PAIR)
@@ -135,21 +135,32 @@ def _pretrained(config: Config, lake: Lake) -> str:
     return folder
 
 
-def _measure(
-    config: Config, current: Run, judged: Sequence[Judged], folders: Mapping[str, str]
+def measure_encoders(
+    current: Run,
+    judged: Sequence[Judged],
+    folders: Mapping[str, str],
+    embedding: EmbedRecipe,
+    placement: SearchPlacement,
 ) -> dict[tuple[str, str], Measured]:
-    """What every encoder did on every data set, by (model, data set)."""
+    """What every encoder did on every data set, by (name, data set).
+
+    Args:
+        current: the run whose lake keeps the vectors.
+        judged: queries and catalogues.
+        folders: of the encoders by name.
+        embedding: how texts become vectors.
+        placement: where.
+    """
     from ray_apps import mine as app
 
-    recipe, placement = config.recipe, config.placement
     prints = {name: job.content_hash(folder) for name, folder in folders.items()}
     texts = {own.catalog.dataset: own.texts for own in judged}
     models = {prints[name]: folder for name, folder in folders.items()}
-    files = embed(current, [own.catalog for own in judged], models, texts, recipe.embedding, placement.embed)
+    files = embed(current, [own.catalog for own in judged], models, texts, embedding, placement.embed)
     work = [(name, own, np.load(files[prints[name], own.catalog.dataset])) for name in folders for own in judged]
     rankings = app.mine(
         [
-            app.Search(own.catalog.shards(current.lake, prints[name], recipe.embedding), query_QD[: len(own.measured)])
+            app.Search(own.catalog.shards(current.lake, prints[name], embedding), query_QD[: len(own.measured)])
             for name, own, query_QD in work
         ],
         DEPTH,
@@ -158,7 +169,7 @@ def _measure(
     )
     return {
         (name, own.catalog.dataset): _measure_one(
-            own, own.catalog.shards(current.lake, prints[name], recipe.embedding), query_QD, ranking.row_QK
+            own, own.catalog.shards(current.lake, prints[name], embedding), query_QD, ranking.row_QK
         )
         for (name, own, query_QD), ranking in zip(work, rankings, strict=True)
     }

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from conf.load import meaning, settings
 from embeddings.mining import MiningRecipe, select_candidates
+from embeddings.shards import pair_scores
 from jobs import job, labelling
 from jobs.embed_catalog import Catalog, EmbedRecipe, SearchPlacement, embed, encoder_folder, read_catalogs
 from lake import tables
@@ -20,7 +21,7 @@ from lake.schemas import MINED_PAIR
 from lake.storage import Lake, LakeError
 
 if TYPE_CHECKING:
-    from ray_apps.mine import Neighbours
+    from ray_apps.mine import Neighbours, Search
 
 ROUND = 1
 """The paper mines once; further rounds would go on from here."""
@@ -90,8 +91,8 @@ def run(config: Config) -> RunRecord:
     )
     rows = [
         row | {"model": model, "round": ROUND, "run_id": current.run_id}
-        for catalog, neighbours in zip(catalogs, found, strict=True)
-        for row in _mined_rows(catalog, instances[catalog.dataset], neighbours, recipe.mining)
+        for catalog, search, neighbours in zip(catalogs, searches, found, strict=True)
+        for row in _mined_rows(catalog, instances[catalog.dataset], search, neighbours, recipe.mining)
     ]
     data = pa.Table.from_pylist(rows, schema=MINED_PAIR.schema)
     version = tables.replace(current.lake, MINED_PAIR, data, run_id=current.run_id)
@@ -113,9 +114,14 @@ def _searched(catalog: Catalog, instances: Sequence[Mapping[str, Any]], scope: s
 
 
 def _mined_rows(
-    catalog: Catalog, instances: Sequence[Mapping[str, Any]], found: Neighbours, recipe: MiningRecipe
+    catalog: Catalog,
+    instances: Sequence[Mapping[str, Any]],
+    search: Search,
+    found: Neighbours,
+    recipe: MiningRecipe,
 ) -> list[dict[str, Any]]:
     ids = catalog.products["product_id"].to_pylist()
+    lowest = _lowest_positives(ids, instances, search)
     rows = []
     for place, instance in enumerate(instances):
         retrieved = [ids[row] for row in found.row_QK[place].tolist()]
@@ -130,10 +136,27 @@ def _mined_rows(
                 "score": float(found.score_QK[place, candidate.rank - 1]),
                 "band": candidate.band,
                 "shard": int(found.shard_QK[place, candidate.rank - 1]),
+                "lowest_positive": lowest.get(place),
             }
             for candidate in select_candidates(key, retrieved, judged, recipe=recipe)
         ]
     return rows
+
+
+def _lowest_positives(ids: Sequence[str], instances: Sequence[Mapping[str, Any]], search: Search) -> dict[int, float]:
+    """Lowest cosine of each query's products above grade 0, by the query's place; none for one without any."""
+    row_of = {product: row for row, product in enumerate(ids)}
+    positives = [
+        (place, row_of[product])
+        for place, instance in enumerate(instances)
+        for product, grade in zip(instance["product_ids"], instance["grades"], strict=True)
+        if grade > 0 and product in row_of
+    ]
+    place_N, row_N = np.array(positives, dtype=np.int64).reshape(-1, 2).T
+    found: dict[int, float] = {}
+    for place, score in zip(place_N.tolist(), pair_scores(search.shards, search.query_QD, place_N, row_N), strict=True):
+        found[place] = min(float(score), found.get(place, float(score)))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from embeddings.text import TextRecipe, normalise_query, product_text
 from jobs import job, labelling
 from lake import tables
 from lake.runs import Run, RunRecord
-from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, QUERY, CandidateSource
+from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, MINED_PAIR, QUERY, CandidateSource
 from ray_apps.cluster import RayPlacement, connect
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,22 @@ class Inputs:
     query: job.TableVersion = "newest"
     catalog_product: job.TableVersion = "newest"
     annotation_consensus: job.TableVersion = "newest"
+    mined_pair: Annotated[job.TableVersion, meaning("only recipe.filtered_negatives reads it")] = ""
     model: Annotated[str, meaning("folder of the stage 1 encoder; empty builds recipe.encoder.model")] = ""
+
+
+@settings
+class FilteredNegatives:
+    """Mined products taken for irrelevant without a grade, as peers do: the nearest that are not too near.
+
+    Cites: Moreira et al. 2024 (arXiv 2407.15831), TopK-PercPos.
+    """
+
+    per_query: Annotated[int, meaning("most of them beside a query's graded products; 0: none", "products", ge=0)] = 0
+    ceiling: Annotated[
+        float,
+        meaning("up to this share of the cosine of the query's lowest positive, by the mining encoder", gt=0, le=1),
+    ] = 0.95
 
 
 @settings
@@ -51,6 +66,7 @@ class EncoderTrainingRecipe:
         tuple[CandidateSource, ...],
         meaning("sources of candidates whose grades are not learned from; nor are such pairs in-batch negatives"),
     ] = ()
+    filtered_negatives: Annotated[FilteredNegatives, meaning("ungraded products as grade 0")] = FilteredNegatives()
 
 
 @settings
@@ -87,6 +103,8 @@ def run(config: Config) -> RunRecord:
     encoder, text = _recipes(config.recipe, start)
     products = _products(current, text)
     rows, validation = labelling.train_instances(current, stage), _validation(current, products)
+    if config.recipe.filtered_negatives.per_query:
+        rows = _with_negatives(rows, current, config.recipe.filtered_negatives)
     instances = [_train_instance(row, products, config.recipe.leave_out) for row in rows]
     log.info("train_encoder: stage %d, %d instances, %d validation queries", stage, len(instances), len(validation))
     encoder_path, pretrained_path = f"models/encoder/{current.fingerprint}", f"models/pretrained/{current.fingerprint}"
@@ -141,6 +159,28 @@ def _products(current: Run, recipe: TextRecipe) -> Products:
         (dataset, product_id): CatalogText(product_text(title, brand, category, description, recipe), title or "")
         for dataset, product_id, title, brand, category, description in zip(*columns, strict=True)
     }
+
+
+def _with_negatives(rows: Sequence[dict[str, Any]], current: Run, recipe: FilteredNegatives) -> list[dict[str, Any]]:
+    """The instances with their nearest mined products that stay below the ceiling, as grade 0."""
+    names = ["dataset", "query_id", "product_id", "rank", "score", "lowest_positive"]
+    version = int(current.inputs["mined_pair"])
+    mined = tables.rows(current.lake, MINED_PAIR, version=version, columns=names).sort_by("rank").to_pylist()
+    nearest: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for pair in mined:
+        lowest = pair["lowest_positive"]
+        # as a margin, so that it keeps its sense below 0
+        if lowest is not None and pair["score"] <= lowest - (1 - recipe.ceiling) * abs(lowest):
+            nearest[pair["dataset"], pair["query_id"]].append(pair["product_id"])
+    found = []
+    for row in rows:
+        known: set[str] = set(row["product_ids"])
+        fresh = [product for product in nearest[row["dataset"], row["query_id"]] if product not in known]
+        fresh = fresh[: recipe.per_query]
+        added = {"product_ids": fresh, "grades": [0] * len(fresh), "sources": ["mined"] * len(fresh)}
+        added |= {name: [0.0] * len(fresh) for name in ("at_least_1", "at_least_2") if row[name] is not None}
+        found.append(row | {name: row[name] + more for name, more in added.items()})
+    return found
 
 
 def _lexical_sample(products: Products, recipe: TrainRecipe) -> list[CatalogText]:

@@ -364,6 +364,9 @@ MINED_PAIR = TableSpec(
         Column("model", STRING, "fingerprint of the encoder"),
         Column("round", INT32, "mining round, first is 1"),
         _RUN,
+        Column(
+            "lowest_positive", FLOAT64, "lowest cosine of the query's products above grade 0", "-1..1", nullable=True
+        ),
     ),
 )
 
@@ -485,6 +488,32 @@ LABELLER_EVALUATION = TableSpec(
     ),
 )
 
+RECIPE_COMPARISON = TableSpec(
+    "recipe_comparison",
+    "Training recipes at equal budget, one row per recipe and data set; values are means over seeds.",
+    "delta-rs",
+    ("run_id", "dataset", "recipe"),
+    (
+        _RUN,
+        _DATASET,
+        Column("recipe", STRING, "name of the recipe, or pretrained"),
+        Column("rate_factor", FLOAT64, "of its learning rates, chosen on validation queries"),
+        Column("seeds", pa.list_(INT64), "seeds of its trainings"),
+        Column("texts", FLOAT64, "texts through the encoder per training, all stages", "texts"),
+        Column("train_sec", FLOAT64, "per training, all stages", "s"),
+        Column("validation_ndcg_10", FLOAT64, "of the chosen factor, first seed", "0..1", nullable=True),
+        Column("num_queries", INT64, "test queries measured", "queries"),
+        Column("metrics", pa.map_(STRING, FLOAT64), "metric -> value"),
+        Column("gain_over_pretrained", pa.map_(STRING, FLOAT64), "metric -> mean paired difference to pretrained"),
+        Column("gain_low", pa.map_(STRING, FLOAT64), "lower end of its 95 % bootstrap interval over queries"),
+        Column("gain_high", pa.map_(STRING, FLOAT64), "upper end"),
+        Column("reference_gain", pa.map_(STRING, FLOAT64), "metric -> what the reference recipe gains over this one"),
+        Column("reference_low", pa.map_(STRING, FLOAT64), "lower end of its interval"),
+        Column("reference_high", pa.map_(STRING, FLOAT64), "upper end"),
+        _CREATED,
+    ),
+)
+
 RUN_RECORD = TableSpec(
     "run_record",
     "What ran: inputs at their versions, outputs at theirs, counts and seconds.",
@@ -547,6 +576,7 @@ TABLES: dict[str, TableSpec] = {
         EVALUATION_PAIR,
         LABELLER_OOF,
         LABELLER_EVALUATION,
+        RECIPE_COMPARISON,
         RUN_RECORD,
         QUARANTINE,
     )

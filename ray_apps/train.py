@@ -96,7 +96,8 @@ def train(
 
     Returns:
         `validation_ndcg@10` of the published, `_start` and `_last` of the first and last model (where there are
-        validation queries), `published_step`, `steps`, and the last step's loss and temperature.
+        validation queries), `published_step`, `steps`, `texts` through the encoder, and the last step's loss and
+        temperature.
 
     Raises:
         ValueError: training failed; the message names the first cause.
@@ -132,7 +133,7 @@ def train(
     )
     result = fit(trainer, run_folder)
     published, measured = result.checkpoint, result.metrics
-    metrics = {name: result.metrics[name] for name in ("loss", "temperature") if name in result.metrics}
+    metrics = {name: result.metrics[name] for name in ("loss", "temperature", "texts") if name in result.metrics}
     if takes_best:
         published, measured = max(result.best_checkpoints, key=lambda kept: kept[1][SCORE])
     if has_validation:

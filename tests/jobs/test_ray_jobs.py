@@ -17,8 +17,8 @@ from embeddings.lexical import CatalogText
 from embeddings.mining import MiningRecipe
 from embeddings.recipes import EncoderRecipe, LossRecipe, LossTerm, TrainRecipe
 from embeddings.text import TextRecipe
-from jobs import embed_catalog, evaluate_retrieval, mine_hard_pairs, search, train_encoder
-from lake import tables
+from jobs import compare_recipes, embed_catalog, evaluate_retrieval, mine_hard_pairs, search, train_encoder
+from lake import runs, tables
 from lake.schemas import (
     ANNOTATION_CONSENSUS,
     CATALOG_PRODUCT,
@@ -28,6 +28,7 @@ from lake.schemas import (
     EVALUATION_QUERY,
     MINED_PAIR,
     QUERY,
+    RECIPE_COMPARISON,
     TRAINING_INSTANCE,
 )
 from lake.storage import Lake
@@ -270,3 +271,98 @@ def test_a_missing_encoder_is_named(chain):
     lake, _ = chain
     with pytest.raises(ConfigError, match=r"inputs\.model='nowhere'"):
         embed_catalog.run(embed_catalog.Config(lake=lake.root, inputs=embed_catalog.Inputs(model="nowhere")))
+
+
+def test_mined_products_below_the_ceiling_are_negatives_without_a_grade(chain):
+    lake, _ = chain
+    mined = tables.rows(lake, MINED_PAIR).to_pylist()
+    assert all(row["lowest_positive"] is not None for row in mined)
+    config = train_encoder.Config(lake=lake.root, inputs=train_encoder.Inputs(mined_pair="newest"))
+    current = train_encoder.job.begin(config, "train_encoder")
+    rows = [
+        row | {"at_least_1": None, "at_least_2": None} for row in train_encoder.labelling.train_instances(current, 1)
+    ]
+
+    def negatives(**settings):
+        found = train_encoder._with_negatives(rows, current, train_encoder.FilteredNegatives(**settings))
+        return {
+            (new["query_id"], product)
+            for old, new in zip(rows, found, strict=True)
+            for product, grade in list(zip(new["product_ids"], new["grades"], strict=True))[len(old["grades"]) :]
+            if grade == 0
+        }
+
+    all_of_them = {(row["query_id"], row["product_id"]) for row in mined}
+    below = {
+        (row["query_id"], row["product_id"])
+        for row in mined
+        if row["score"] <= row["lowest_positive"] - 0.05 * abs(row["lowest_positive"])
+    }
+    assert negatives(per_query=100) == below < all_of_them
+    assert 0 < len(negatives(per_query=1)) <= len(rows)
+
+
+def test_recipes_are_trained_at_one_budget_and_held_against_the_reference(chain):
+    lake, _ = chain
+    config = compare_recipes.Config(
+        lake=lake.root,
+        recipe=compare_recipes.ComparisonRecipe(
+            encoder=EncoderRecipe(model=str(Path(lake.root).parent / "bert")),
+            text=TextRecipe(clauses=("{title}",)),
+            max_texts=60,
+            seeds=(0, 1),
+            reference="mnrl",
+            recipes=(
+                compare_recipes.ComparedRecipe(
+                    name="two stages",
+                    stages=tuple(
+                        compare_recipes.ComparedStage(
+                            share=0.5, train=TrainRecipe(stage=stage, batch=BatchRecipe(queries_per_step=4))
+                        )
+                        for stage in (1, 2)
+                    ),
+                ),
+                compare_recipes.ComparedRecipe(
+                    name="mnrl",
+                    stages=(
+                        compare_recipes.ComparedStage(
+                            train=TrainRecipe(
+                                loss=LossRecipe(terms=(LossTerm(loss="infonce", in_batch=True),)),
+                                batch=BatchRecipe(queries_per_step=4, max_per_grade=(2, 0, 1)),
+                            ),
+                            filtered_negatives=train_encoder.FilteredNegatives(per_query=2),
+                        ),
+                    ),
+                ),
+            ),
+        ),
+        placement=compare_recipes.Placement(
+            train=train_encoder.Placement(ray=RAY, threads_per_worker=1),
+            search=embed_catalog.SearchPlacement(embed=EMBED),
+        ),
+    )
+
+    record = compare_recipes.run(config)
+    again = compare_recipes.run(config)
+
+    rows = {
+        row["recipe"]: row for row in tables.rows(lake, RECIPE_COMPARISON).to_pylist() if row["run_id"] == record.run_id
+    }
+    assert list(rows) == ["pretrained", "two stages", "mnrl"]
+    for name in ("two stages", "mnrl"):
+        assert 30 <= rows[name]["texts"] <= 60
+        assert rows[name]["seeds"] == [0, 1]
+    gained = dict(rows["two stages"]["reference_gain"])["ndcg@10"]
+    metrics = {name: dict(row["metrics"])["ndcg@10"] for name, row in rows.items()}
+    assert gained == pytest.approx(metrics["mnrl"] - metrics["two stages"])
+    assert dict(rows["mnrl"]["gain_over_pretrained"])["ndcg@10"] == pytest.approx(
+        metrics["mnrl"] - metrics["pretrained"]
+    )
+    assert not rows["mnrl"]["reference_gain"]
+    page = Path(lake.path(record.outputs["page"])).read_text()
+    assert page.count("\n| two stages |") == 1
+    # every training was there
+    assert again.metrics == record.metrics
+    assert again.seconds < record.seconds / 2
+    encoders = [row.run_id for row in runs.records(lake) if row.job == "train_encoder"]
+    assert len(encoders) == len(set(encoders))

@@ -1,0 +1,70 @@
+import dataclasses
+
+import pytest
+
+from conf.load import ConfigError, load, load_job
+from jobs import compare_recipes
+from jobs.compare_recipes import ComparedRecipe, ComparedStage, ComparisonRecipe, Config, Trained
+from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, MINED_PAIR, QUERY, TRAINING_INSTANCE
+from tests.fakes import put
+
+
+def test_the_rate_is_chosen_by_the_first_seed_on_validation_and_kept_for_the_others(lake, monkeypatch):
+    for spec in (ANNOTATION_CONSENSUS, CATALOG_PRODUCT, MINED_PAIR, QUERY, TRAINING_INSTANCE):
+        put(lake, spec, [])
+    scores = {(0.5, 0): 0.2, (1.0, 0): 0.4, (2.0, 0): 0.3}
+    asked = []
+
+    def trained(config, current, recipe, factor, seed):
+        asked.append((factor, seed))
+        return Trained(f"encoder {factor} {seed}", "pretrained", scores.get((factor, seed), 0.9), 10.0, 1.0)
+
+    def measured(current, judged, folders, embedding, placement):
+        raise InterruptedError(list(folders.items()))
+
+    monkeypatch.setattr(compare_recipes, "_train", trained)
+    monkeypatch.setattr(compare_recipes, "read_judged", lambda *given: [])
+    monkeypatch.setattr(compare_recipes, "measure_encoders", measured)
+    recipe = ComparisonRecipe(rate_factors=(0.5, 1.0, 2.0), seeds=(0, 7), recipes=(ComparedRecipe(name="a"),))
+
+    with pytest.raises(InterruptedError) as stopped:
+        compare_recipes.run(Config(lake=lake.root, recipe=recipe))
+
+    assert asked == [(0.5, 0), (1.0, 0), (2.0, 0), (1.0, 7)]
+    names = ("pretrained", "a/0", "a/1")
+    folders = ("pretrained", "encoder 1.0 0", "encoder 1.0 7")
+    assert stopped.value.args[0] == [(name, lake.path(folder)) for name, folder in zip(names, folders, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"recipes": []}, "at least one recipe"),
+        ({"recipes": [{"name": "a"}, {"name": "a"}]}, "a name of its own"),
+        ({"recipes": [{"name": "pretrained"}]}, "may not be named 'pretrained'"),
+        ({"recipes": [{"name": "a", "stages": [{"share": 0.5}]}]}, "sum to 1"),
+        ({"recipes": [{"name": "a"}], "reference": "b"}, "expected one of a"),
+        ({"recipes": [{"name": "a"}], "seeds": []}, "rate_factors above 0 and seeds"),
+        ({"recipes": [{"name": "a", "stages": [{"train": {"los": {}}}]}]}, "los"),
+    ],
+)
+def test_a_comparison_that_makes_no_sense_is_refused(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        load(Config, {"recipe": changes})
+
+
+def test_every_stage_gets_its_share_of_the_budget_and_the_trials_rate(lake):
+    for spec in (ANNOTATION_CONSENSUS, CATALOG_PRODUCT, MINED_PAIR, QUERY, TRAINING_INSTANCE):
+        put(lake, spec, [])
+    config = dataclasses.replace(load_job(Config, "compare_recipes", "dev"), lake=lake.root)
+    current = compare_recipes.job.begin(config, "compare_recipes")
+    ours, _, mnrl = config.recipe.recipes
+
+    found = compare_recipes._stage_config(config, current, ours, ours.stages[1], 2.0, 5, "models/x")
+
+    train = found.recipe.train
+    assert (train.max_texts, train.seed, train.stage) == (1000, 5, 2)
+    assert train.learning_rate == 2 * ours.stages[1].train.learning_rate
+    assert (found.inputs.model, found.inputs.mined_pair) == ("models/x", "")
+    assert mnrl.stages == (ComparedStage(train=mnrl.stages[0].train),)
+    assert not mnrl.stages[0].train.needs_contrast
