@@ -1,11 +1,23 @@
 import dataclasses
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from conf.load import ConfigError, load, load_job
+from embeddings.evaluation import JudgedQuery, measure
 from jobs import compare_recipes
 from jobs.compare_recipes import ComparedRecipe, ComparedStage, ComparisonRecipe, Config, Trained
-from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, MINED_PAIR, QUERY, TRAINING_INSTANCE
+from jobs.embed_catalog import Catalog
+from jobs.judged_queries import Judged
+from lake.schemas import (
+    ANNOTATION_CONSENSUS,
+    CATALOG_PRODUCT,
+    MINED_PAIR,
+    QUERY,
+    RECIPE_COMPARISON,
+    TRAINING_INSTANCE,
+)
 from tests.fakes import put
 
 
@@ -68,3 +80,38 @@ def test_every_stage_gets_its_share_of_the_budget_and_the_trials_rate(lake):
     assert (found.inputs.model, found.inputs.mined_pair) == ("models/x", "")
     assert mnrl.stages == (ComparedStage(train=mnrl.stages[0].train),)
     assert not mnrl.stages[0].train.needs_contrast
+
+
+def test_rows_are_means_over_seeds_with_what_the_reference_gains(lake):
+    query = JudgedQuery("q1", "red shoe", {"a": 2, "b": 1, "c": 0})
+    products = pa.table({"product_id": ["a", "b", "c"], "title": ["red shoe", "blue shoe", "lamp"]})
+    own = Judged(Catalog("s", 0, products), [query], [])
+
+    def encoder(ranking, scores):
+        titles = dict(zip(*products.to_pydict().values(), strict=True))
+        return measure([query], [list(ranking)], np.array(scores), titles)
+
+    found = {
+        ("pretrained", "s"): encoder("cba", [0.1, 0.2, 0.3]),
+        ("a/0", "s"): encoder("abc", [0.9, 0.5, 0.1]),
+        ("a/1", "s"): encoder("bac", [0.4, 0.5, 0.1]),
+        ("b/0", "s"): encoder("acb", [0.9, 0.1, 0.5]),
+        ("b/1", "s"): encoder("acb", [0.9, 0.1, 0.5]),
+    }
+    trained = {name: (2.0, [Trained("", "", 0.5, 10.0, 3.0), Trained("", "", 0.7, 14.0, 5.0)]) for name in "ab"}
+    recipe = ComparisonRecipe(recipes=(ComparedRecipe(name="a"), ComparedRecipe(name="b")), seeds=(0, 7))
+    current = compare_recipes.Run(lake, "compare_recipes", "dev", "", compare_recipes.runs.Inputs(), recipe)
+
+    rows = {row["recipe"]: row for row in compare_recipes._rows(current, recipe, own, trained, found)}
+    page = compare_recipes._page(list(rows.values()), recipe)
+
+    means = {name: np.mean([found[f"{name}/{place}", "s"].metrics["ndcg@10"] for place in range(2)]) for name in "ab"}
+    assert dict(rows["a"]["metrics"])["ndcg@10"] == pytest.approx(means["a"])
+    assert dict(rows["b"]["reference_gain"])["ndcg@10"] == pytest.approx(means["a"] - means["b"])
+    assert dict(rows["b"]["reference_gain"])["auc_2v1"] == pytest.approx((1 + 0) / 2 - 1)
+    assert rows["a"]["reference_gain"] == []
+    assert (rows["b"]["texts"], rows["b"]["train_sec"], rows["b"]["validation_ndcg_10"]) == (12.0, 4.0, 0.5)
+    assert (rows["pretrained"]["seeds"], rows["pretrained"]["texts"]) == ([], 0.0)
+    pa.Table.from_pylist(list(rows.values()), schema=RECIPE_COMPARISON.schema)
+    assert [line.split(" | ")[0] for line in page.splitlines()[-3:]] == ["| pretrained", "| a", "| b"]
+    assert "[" not in page.splitlines()[-2]

@@ -310,7 +310,6 @@ def test_recipes_are_trained_at_one_budget_and_held_against_the_reference(chain)
             encoder=EncoderRecipe(model=str(Path(lake.root).parent / "bert")),
             text=TextRecipe(clauses=("{title}",)),
             max_texts=60,
-            seeds=(0, 1),
             reference="mnrl",
             recipes=(
                 compare_recipes.ComparedRecipe(
@@ -351,7 +350,7 @@ def test_recipes_are_trained_at_one_budget_and_held_against_the_reference(chain)
     assert list(rows) == ["pretrained", "two stages", "mnrl"]
     for name in ("two stages", "mnrl"):
         assert 30 <= rows[name]["texts"] <= 60
-        assert rows[name]["seeds"] == [0, 1]
+        assert rows[name]["seeds"] == [0]
     gained = dict(rows["two stages"]["reference_gain"])["ndcg@10"]
     metrics = {name: dict(row["metrics"])["ndcg@10"] for name, row in rows.items()}
     assert gained == pytest.approx(metrics["mnrl"] - metrics["two stages"])
