@@ -1,8 +1,9 @@
 """Texts trained per second: ours beside sentence-transformers' trainer on the same instances, backbone and loss.
 
-    python -m benchmarks.train_step [--quick] [--rounds N] [--loss supcon]
+    python -m benchmarks.train_step [--quick] [--rounds N] [--loss supcon] [--dropout 0.0]
 
   ours                   ContrastiveTrainer: each distinct text once per step, groups of like length;
+  ours_compiled          the same with a compiled backbone, compilation left out;
   sentence_transformers  SentenceTransformerTrainer with the same loss (`TrainerLoss`), a column per product;
   st_pairs               the same trainer with its own CoSENTLoss on rows of query, product and grade, as its users do;
   ours_in_passes         ours with texts_per_pass, for its memory;
@@ -35,7 +36,15 @@ import torch
 from embeddings.batches import BatchRecipe, Instance
 from embeddings.recipes import EncoderRecipe, LossRecipe, LossTerm, TrainRecipe
 
-CONTESTANTS: Final = ("ours", "sentence_transformers", "st_pairs", "ours_in_passes", "one_thread", "two_workers")
+CONTESTANTS: Final = (
+    "ours",
+    "ours_compiled",
+    "sentence_transformers",
+    "st_pairs",
+    "ours_in_passes",
+    "one_thread",
+    "two_workers",
+)
 NUM_PRODUCTS: Final = 8
 NUM_QUERIES: Final = 32
 TEXTS_PER_PASS: Final = 64
@@ -60,15 +69,22 @@ def home_depot_instances(root: Path) -> list[Instance]:
     return found
 
 
-def recipe_of(loss: str, **changes: Any) -> TrainRecipe:
+def recipe_of(loss: str, dropout: float, **changes: Any) -> TrainRecipe:
     """The same for all contestants: rate, loss, size of a step."""
     batch = BatchRecipe(queries_per_step=NUM_QUERIES, max_products_per_query=NUM_PRODUCTS)
     terms = (LossTerm(loss=loss),)  # type: ignore[arg-type]
-    return TrainRecipe(loss=LossRecipe(terms=terms), batch=batch, max_steps=1000, learning_rate=2e-5, **changes)
+    return TrainRecipe(loss=LossRecipe(terms=terms), batch=batch, max_steps=1000, dropout=dropout, **changes)
 
 
 def train_ours(
-    instances: list[Instance], recipe: TrainRecipe, steps: int, *, rank: int = 0, world_size: int = 1, wrap: Any = None
+    instances: list[Instance],
+    recipe: TrainRecipe,
+    steps: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    wrap: Any = None,
+    compiled: bool = False,
 ) -> float:
     """Seconds of the steps that count."""
     from embeddings.encoder import build_encoder
@@ -76,7 +92,7 @@ def train_ours(
 
     model = build_encoder(EncoderRecipe())
     placement = {"rank": rank, "world_size": world_size} | ({"wrap": wrap} if wrap else {})
-    trainer = ContrastiveTrainer(model, instances, recipe, **placement)
+    trainer = ContrastiveTrainer(model, instances, recipe, compiled=compiled, **placement)
     started = 0.0
     for step in range(LEFT_OUT + steps):
         if step == LEFT_OUT:
@@ -92,7 +108,7 @@ def train_theirs(instances: list[Instance], recipe: TrainRecipe, steps: int, *, 
     from sentence_transformers.sentence_transformer.losses import CoSENTLoss
     from transformers import TrainerCallback
 
-    from embeddings.backbone import has_fast_bf16
+    from embeddings.backbone import has_fast_bf16, set_dropout
     from embeddings.encoder import build_encoder
     from embeddings.trainer_loss import TrainerLoss
 
@@ -106,8 +122,8 @@ def train_theirs(instances: list[Instance], recipe: TrainRecipe, steps: int, *, 
                 self.started = time.monotonic()
             self.seconds = time.monotonic() - self.started
 
-    # in the order of our own trainer, so that both pad alike
     model = build_encoder(EncoderRecipe())
+    set_dropout(model, recipe.dropout or 0.0)
     if in_pairs:
         pairs = [(one, place) for one in instances for place in range(NUM_PRODUCTS)]
         columns = {
@@ -146,32 +162,33 @@ def train_theirs(instances: list[Instance], recipe: TrainRecipe, steps: int, *, 
     return clock.seconds
 
 
-def _worker(rank: int, loss: str, steps: int, root: str, place: str) -> None:
+def _worker(rank: int, loss: str, dropout: float, steps: int, root: str, place: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{place}/store", rank=rank, world_size=2)
     wrap = torch.nn.parallel.DistributedDataParallel
     instances = home_depot_instances(Path(root))
-    seconds = train_ours(instances, recipe_of(loss), steps, rank=rank, world_size=2, wrap=wrap)
+    seconds = train_ours(instances, recipe_of(loss, dropout), steps, rank=rank, world_size=2, wrap=wrap)
     Path(place, str(rank)).write_text(str(seconds))
     torch.distributed.destroy_process_group()
 
 
-def two_workers(root: Path, loss: str, steps: int) -> float:
+def two_workers(root: Path, loss: str, dropout: float, steps: int) -> float:
     """Seconds of the slower of two processes."""
     with tempfile.TemporaryDirectory() as place:
-        torch.multiprocessing.spawn(_worker, args=(loss, steps, str(root), place), nprocs=2)
+        torch.multiprocessing.spawn(_worker, args=(loss, dropout, steps, str(root), place), nprocs=2)
         return max(float(Path(place, str(rank)).read_text()) for rank in range(2))
 
 
-def measure(contestant: str, root: Path, loss: str, steps: int) -> dict[str, float]:
+def measure(contestant: str, root: Path, loss: str, dropout: float, steps: int) -> dict[str, float]:
     """Items per second and peak memory of this process with one contestant."""
     instances = home_depot_instances(root)
     torch.set_num_threads(1 if contestant == "one_thread" else 2)
-    recipe = recipe_of(loss, texts_per_pass=TEXTS_PER_PASS if contestant == "ours_in_passes" else 0)
+    recipe = recipe_of(loss, dropout, texts_per_pass=TEXTS_PER_PASS if contestant == "ours_in_passes" else 0)
     runs: dict[str, Callable[[], float]] = {
+        "ours_compiled": lambda: train_ours(instances, recipe, steps, compiled=True),
         "sentence_transformers": lambda: train_theirs(instances, recipe, steps, in_pairs=False),
         "st_pairs": lambda: train_theirs(instances, recipe, steps, in_pairs=True),
-        "two_workers": lambda: two_workers(root, loss, steps),
+        "two_workers": lambda: two_workers(root, loss, dropout, steps),
     }
     seconds = runs.get(contestant, lambda: train_ours(instances, recipe, steps))()
     items = NUM_QUERIES * (1 + NUM_PRODUCTS) * steps
@@ -184,9 +201,10 @@ def measure(contestant: str, root: Path, loss: str, steps: int) -> dict[str, flo
 def main() -> None:
     """Prints each round, then the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round of few steps, under 4 minutes")
+    parser.add_argument("--quick", action="store_true", help="one round of few steps and contestants, 3 minutes")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--loss", default="supcon")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of the backbone, for all contestants")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if "ASSAY_DATA" not in os.environ:
@@ -194,33 +212,41 @@ def main() -> None:
     root = Path(os.environ["ASSAY_DATA"], "home_depot")
     steps = QUICK_STEPS if given.quick else STEPS
     if given.only:
-        print(json.dumps(measure(given.only, root, given.loss, steps)))
+        print(json.dumps(measure(given.only, root, given.loss, given.dropout, steps)))
         return
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
+    names = QUICK if given.quick else CONTESTANTS
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in range(1 if given.quick else given.rounds):
-        for name in CONTESTANTS:
+        for name in names:
             command = [sys.executable, "-m", "benchmarks.train_step", "--only", name, "--loss", given.loss]
-            command += ["--quick"] if given.quick else []
+            command += ["--dropout", str(given.dropout), *(["--quick"] if given.quick else [])]
             told = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
             found[name].append(json.loads(told))
             rate, memory = found[name][-1].values()
             print(f"round {number + 1}: {name} {rate:.1f} items/s, {memory:.2f} GiB", flush=True)
+    print(json.dumps(summary(found)))
+
+
+def summary(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Medians over rounds, and ours over the others."""
     rate = {name: median(one["items_per_sec"] for one in rounds) for name, rounds in found.items()}
-    memory = {name: median(one["peak_gib"] for one in rounds) for name, rounds in found.items()}
-    print(
-        json.dumps(
-            {
-                "items_per_sec": {name: round(value, 1) for name, value in rate.items()},
-                "peak_gib": {name: round(value, 2) for name, value in memory.items() if name != "two_workers"},
-                "efficiency": round(rate["two_workers"] / (2 * rate["one_thread"]), 2),
-                "ratios": {
-                    "sentence_transformers": round(rate["ours"] / rate["sentence_transformers"], 2),
-                    "st_pairs": round(rate["ours"] / rate["st_pairs"], 2),
-                    "memory_sentence_transformers": round(memory["sentence_transformers"] / memory["ours"], 2),
-                },
-            }
-        )
-    )
+    # the memory of two workers is not this process's
+    memory = {
+        name: median(one["peak_gib"] for one in rounds) for name, rounds in found.items() if name != "two_workers"
+    }
+    ratios = {
+        "sentence_transformers": rate["ours"] / rate["sentence_transformers"],
+        "st_pairs": rate["ours"] / rate["st_pairs"],
+        "memory_sentence_transformers": memory["sentence_transformers"] / memory["ours"],
+    }
+    told: dict[str, Any] = {
+        "items_per_sec": {name: round(value, 1) for name, value in rate.items()},
+        "peak_gib": {name: round(value, 2) for name, value in memory.items()},
+    }
+    if "two_workers" in rate:
+        ratios["compiled_sentence_transformers"] = rate["ours_compiled"] / rate["sentence_transformers"]
+        told["efficiency"] = round(rate["two_workers"] / (2 * rate["one_thread"]), 2)
+    return told | {"ratios": {name: round(value, 2) for name, value in ratios.items()}}
 
 
 if __name__ == "__main__":

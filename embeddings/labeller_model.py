@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from conf.load import fingerprint
-from embeddings.backbone import has_fast_bf16, resolve_model
+from embeddings.backbone import DROPOUT_NAMES, has_fast_bf16, resolve_model, trainable_attention
 from embeddings.batches import stable_seed
 from embeddings.labeller import (
     LabellerRecipe,
@@ -45,19 +44,6 @@ from embeddings.labeller_batches import epoch_batches, groups_of, part_of, prefe
 from embeddings.labeller_losses import grade_cross_entropy, ordinal_loss, preference_loss, rater_distribution
 from embeddings.shared_prompt import can_share, let_share, shared_inputs, shared_length
 from lake.schemas import Grade
-
-DROPOUT_NAMES = (
-    "attention_probs_dropout_prob",
-    "hidden_dropout_prob",
-    "classifier_dropout",
-    "attention_dropout",
-    "hidden_dropout",
-    "dropout",
-    "attn_pdrop",
-    "embd_pdrop",
-    "resid_pdrop",
-)
-"""What the configurations of Hugging Face models call it."""
 
 FIRST_TOKEN_FAMILY = ("bert", "roberta", "xlm-roberta", "electra")
 """Model types whose sequence classifiers read the first token, and call their parts alike."""
@@ -245,7 +231,7 @@ class LabellerTrainer:
         # a worker left without a pair in the last step takes the first one at weight 0: DDP waits for all
         rows = part_of(everyone, self.group_N, self.rank, self.world_size)
         share, rows = (1.0, rows) if rows else (0.0, everyone[:1])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16), _trainable_attention(self.device):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16), trainable_attention(self.device):
             logits_N3 = self._parallel([self.pairs[row] for row in rows])
         loss = ordinal_loss if self.recipe.loss == "ordinal" else grade_cross_entropy
         loss_N = loss(logits_N3.float(), self.share_N2[rows].to(self.device)) * self.weight_N[rows].to(self.device)
@@ -348,14 +334,6 @@ def keep_bf16_between_layers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.register_forward_hook(narrow)
-
-
-def _trainable_attention(device: torch.device) -> AbstractContextManager[None]:
-    """The attention kernel to train with: on processors the plain one.
-
-    Without dropout torch would choose its flash kernel there, whose backward takes half of a step (torch 2.13).
-    """
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def pair_weights(share_N2: Tensor, recipe: LabellerRecipe) -> Tensor:

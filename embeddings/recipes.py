@@ -229,6 +229,9 @@ class TrainRecipe:
     gradient_clip: Annotated[float, meaning("longest gradient", "L2 norm", gt=0)] = 1.0
     batch: Annotated[BatchRecipe, meaning("size and make-up of a step")] = BatchRecipe()
     lexical: Annotated[LexicalRecipe, meaning("steps that learn the catalogue's words first")] = LexicalRecipe()
+    dropout: Annotated[
+        float | None, meaning("of the backbone while it is trained; null takes the backbone's own", ge=0, lt=1)
+    ] = None
     texts_per_pass: Annotated[
         int,
         meaning(

@@ -28,7 +28,7 @@ from sentence_transformers.sentence_transformer.modules import Router
 from torch import Tensor, nn
 
 from conf.load import fingerprint
-from embeddings.backbone import has_fast_bf16
+from embeddings.backbone import compile_layers, has_fast_bf16, set_dropout, trainable_attention
 from embeddings.batches import Instance, InstanceSampler, StepBatch, collate, stable_seed
 from embeddings.encoder import Side, encode, forward, tokenize
 from embeddings.graded_loss import GradedLoss, StepTargets
@@ -37,9 +37,9 @@ from embeddings.lexical import CatalogText, LexicalSampler
 from embeddings.losses import lexical_loss
 from embeddings.recipes import TrainRecipe as TrainRecipe
 
-TEXTS_PER_GROUP = {False: 48, True: 1024}
+TEXTS_PER_GROUP = {False: 128, True: 1024}
 """Documents of one forward pass without and with CUDA. A step's texts padded to the longest of them all cost a CPU time
-and memory for padding; a GPU wants few, large passes."""
+and memory for padding; a GPU wants few, large passes. 48 and 24 on a CPU were slower (benchmarks/results.md)."""
 
 
 def plan_steps(recipe: TrainRecipe, sampler: InstanceSampler) -> int:
@@ -99,6 +99,7 @@ class ContrastiveTrainer:
         world_size: number of workers.
         wrap: puts the module into DistributedDataParallel; the module as it is for a single worker.
         catalog: products for the lexical steps, as `lexical.sample_catalog` gives them; not used without any.
+        compiled: fuses the backbone's small operations (torch.compile): a minute or two at the first step, then fast.
 
     Raises:
         ValueError: no instance has a contrast, or there are lexical steps and hardly any products.
@@ -123,8 +124,13 @@ class ContrastiveTrainer:
         world_size: int = 1,
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
         catalog: Sequence[CatalogText] = (),
+        compiled: bool = False,
     ) -> None:
         self.model, self.recipe, self.rank, self.world_size = model, recipe, rank, world_size
+        if recipe.dropout is not None:
+            set_dropout(model, recipe.dropout)
+        if compiled:
+            compile_layers(model)
         self.sampler = InstanceSampler(instances, recipe.batch, recipe.seed, needs_contrast=recipe.needs_contrast)
         self.num_lexical = recipe.lexical.steps
         self.num_graded = plan_steps(recipe, self.sampler)
@@ -267,9 +273,16 @@ class ContrastiveTrainer:
         document_groups = (
             [] if documents is None else [tokenize(self.model, _at(batch.document_texts, documents), "document")]
         )
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+        with self._computing():
             vectors: tuple[Tensor, Tensor] = self._parallel(query_groups, document_groups)
         return vectors
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Precision and kernels of a forward pass that is to be differentiated."""
+        device = self.model.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16), trainable_attention(device):
+            yield
 
     def _alone(self) -> AbstractContextManager[None]:
         """Gradients stay with this worker inside."""
@@ -296,7 +309,7 @@ class ContrastiveTrainer:
     def _vectors(self, query_features: Mapping[str, Any], document_texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Vectors of the queries and of the documents, in their order."""
         groups = by_length(document_texts, TEXTS_PER_GROUP[self.model.device.type == "cuda"])
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+        with self._computing():
             query_UD, grouped_UD = self._parallel(
                 [query_features],
                 [tokenize(self.model, _at(document_texts, group), "document") for group in groups],

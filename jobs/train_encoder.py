@@ -77,6 +77,9 @@ class Placement:
     num_workers: Annotated[int, meaning("DDP workers", ge=1)] = 1
     threads_per_worker: Annotated[int, meaning("CPUs and threads of each", "CPUs", ge=1)] = 2
     use_gpu: Annotated[bool, meaning("one GPU per worker")] = False
+    compiled: Annotated[
+        bool, meaning("compile the backbone for training: a minute or two at the start, then steps are faster")
+    ] = False
     max_failures: Annotated[int, meaning("restarts after a worker died", ge=0)] = 0
 
 
@@ -118,6 +121,7 @@ def run(config: Config) -> RunRecord:
         pretrained="" if start else lake.path(pretrained_path),
         fingerprint=current.fingerprint,
         catalog=_lexical_sample(products, config.recipe.train),
+        compiled=config.placement.compiled,
     )
     connect(config.placement.ray)
     metrics = app.train(

@@ -50,6 +50,7 @@ class TrainTask:
         pretrained: where the untrained baseline is saved; empty for nowhere.
         fingerprint: of the run; goes into the card.
         catalog: products for the lexical steps, a sample of the catalogue; empty where the recipe has none.
+        compiled: whether the backbone is compiled for training.
     """
 
     instances: Sequence[Instance]
@@ -61,6 +62,7 @@ class TrainTask:
     pretrained: str
     fingerprint: str
     catalog: Sequence[CatalogText] = ()
+    compiled: bool = False
 
     @property
     def card(self) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class TrainWorker:
             world_size=self.num_workers,
             wrap=self._wrap,
             catalog=task.catalog,
+            compiled=task.compiled,
         )
         # only the first worker publishes; off the device, which needs it at no step
         self.pretrained = build_encoder(task.encoder) if self.rank == 0 and task.recipe.pretrained_share else None
@@ -109,7 +110,9 @@ class TrainWorker:
         if is_measured and self.pretrained is not None and self.trainer.step:
             encoder = interpolate(encoder, self.pretrained, self.task.recipe.pretrained_share)
         if is_measured and self.validation:
-            score = validation_ndcg(encoder, self.validation, bf16=self.trainer.bf16)
+            # what is compiled is compiled for training: again for a few validations would take longer than they do
+            with torch.compiler.set_stance("force_eager"):
+                score = validation_ndcg(encoder, self.validation, bf16=self.trainer.bf16)
         if self.start is None:
             self.start = score
             score = score if self.task.recipe.stage == 1 else _NOT_MEASURED

@@ -8,7 +8,7 @@ import torch
 
 from conf.load import ConfigError, load
 from embeddings.batches import BatchRecipe, Instance, InstanceSampler, collate
-from embeddings.encoder import EncoderRecipe, build_encoder, encode
+from embeddings.encoder import EncoderRecipe, build_encoder, encode, interpolate
 from embeddings.lexical import CatalogText
 from embeddings.recipes import LexicalRecipe, LossName, LossRecipe, LossTerm
 from embeddings.training import ContrastiveTrainer, TrainRecipe, by_length, plan_steps, use_bf16
@@ -421,3 +421,29 @@ def test_grouping_does_not_change_the_loss(build, monkeypatch):
         monkeypatch.setattr("embeddings.training.TEXTS_PER_GROUP", {False: size, True: size})
         losses.append(build(TrainRecipe(precision="fp32", batch=BATCH), dropout=0.0).step_loss(0)[0].item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_recipes_dropout_takes_the_place_of_the_backbones(build):
+    def losses(dropout):
+        trainer = build(TrainRecipe(max_steps=2, batch=BATCH, dropout=dropout))
+        trainer.tower.train()
+        return {trainer.step_loss(0)[0].item() for _ in range(3)}
+
+    assert len(losses(None)) == 3
+    assert len(losses(0.0)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_compiled_backbone_trains_alike_and_is_copied_as_the_plain_one(build):
+    """Compiles the tiny backbone; about a minute."""
+    recipe = TrainRecipe(max_steps=3, batch=BATCH, precision="fp32")
+    plain, compiled = build(recipe, dropout=0.0), build(recipe, dropout=0.0, compiled=True)
+
+    expected, found = run(plain, 2), run(compiled, 2)
+
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for one, other in zip(expected, found, strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
+    mixed = interpolate(compiled.model, plain.model, 0.5)
+    assert set(mixed.state_dict()) == set(plain.model.state_dict())
