@@ -36,15 +36,8 @@ import torch
 from embeddings.batches import BatchRecipe, Instance
 from embeddings.recipes import EncoderRecipe, LossRecipe, LossTerm, TrainRecipe
 
-CONTESTANTS: Final = (
-    "ours",
-    "ours_compiled",
-    "sentence_transformers",
-    "st_pairs",
-    "ours_in_passes",
-    "one_thread",
-    "two_workers",
-)
+QUICK: Final = ("ours", "sentence_transformers", "st_pairs", "ours_in_passes")
+CONTESTANTS: Final = (*QUICK, "ours_compiled", "one_thread", "two_workers")
 NUM_PRODUCTS: Final = 8
 NUM_QUERIES: Final = 32
 TEXTS_PER_PASS: Final = 64
