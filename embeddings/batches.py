@@ -8,6 +8,7 @@ Q queries, P products of a query (padded), U distinct texts.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import math
@@ -93,7 +94,8 @@ class StepBatch:
         document_index: row in `document_texts`, [Q, P]; -1 pads.
         grades: int8, [Q, P]; -1 pads.
         shares: at or above grades 1 and 2, float32, [Q, P, 2]; nan pads.
-        is_foreign: [Q, U], whether a product is in the step for other queries alone and has no grade under this one.
+        is_foreign: [Q, U], whether a product is in the step for other queries alone and has no grade under this one;
+            wider where products of other workers count as well.
     """
 
     query_texts: list[str]
@@ -232,6 +234,35 @@ def collate(instances: Sequence[Instance]) -> StepBatch:
     is_foreign_QU = is_foreign_UU[query_index_Q]
     texts = list(queries), list(documents)
     return StepBatch(*texts, query_index_Q, document_index_QP, grade_QP, share_QP2, is_foreign_QU)
+
+
+def with_others(own: Sequence[Instance], others: Sequence[Sequence[Instance]]) -> tuple[StepBatch, NDArray[np.int64]]:
+    """A worker's batch that knows the products of other workers' too, and where those are found.
+
+    Args:
+        own: instances of this worker.
+        others: those of each other worker, by rank.
+
+    Returns:
+        The batch, whose `is_foreign` has a column for each product of the others that this worker does not encode,
+        behind those of its own; and of these products the other worker, its place among `others`, and the row among
+        that worker's texts, [2, V].
+    """
+    batch, places = collate(own), []
+    seen = set(batch.document_texts)
+    graded: list[set[str]] = [set() for _ in batch.query_texts]
+    for row, instance in enumerate(own):
+        graded[batch.query_index[row]].update((*instance.products, *instance.left_out))
+    added = []
+    for worker, instances in enumerate(others):
+        for row, text in enumerate(collate(instances).document_texts):
+            if text not in seen:
+                seen.add(text)
+                places.append((worker, row))
+                added.append([text not in graded[query] for query in batch.query_index])
+    more_QV = np.array(added, dtype=bool).reshape(-1, len(own)).T
+    whole = dataclasses.replace(batch, is_foreign=np.concatenate([batch.is_foreign, more_QV], axis=1))
+    return whole, np.array(places, dtype=np.int64).reshape(-1, 2).T
 
 
 def stable_seed(*parts: object) -> int:

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from conf.load import fingerprint
 from embeddings.backbone import compile_layers, has_fast_bf16, set_dropout, trainable_attention
-from embeddings.batches import Instance, InstanceSampler, StepBatch, collate, stable_seed
+from embeddings.batches import Instance, InstanceSampler, StepBatch, collate, stable_seed, with_others
 from embeddings.encoder import Side, encode, forward, tokenize
+from embeddings.gather import gather_vectors
 from embeddings.graded_loss import GradedLoss, StepTargets
 from embeddings.gradient_cache import backward_in_passes
 from embeddings.lexical import CatalogText, LexicalSampler
@@ -142,6 +143,8 @@ class ContrastiveTrainer:
         self.step, self.num_texts = 0, 0.0
         self.tower = TwoTower(model, recipe)
         self._parallel = wrap(self.tower)
+        reads_others = any(term.in_batch or term.loss == "background" for term in recipe.terms)
+        self._gathers = reads_others and isinstance(self._parallel, nn.parallel.DistributedDataParallel)
         self.optimizer = self._new_optimizer()
 
     def train_step(self, step: int) -> dict[str, float]:
@@ -181,12 +184,32 @@ class ContrastiveTrainer:
         """This worker's loss, scaled so that the mean over workers is the mean over a graded step's queries."""
         if step < self.num_lexical:
             return self._lexical_step(step)
-        batch = collate(self.sampler.step_instances(step - self.num_lexical, self.rank, self.world_size))
+        batch = self._batch(step)
         vectors = self._vectors(tokenize(self.model, batch.query_texts, "query"), batch.document_texts)
         return self._graded_loss(batch, *vectors)
 
+    def _batch(self, step: int) -> StepBatch:
+        """This worker's part of a graded step; where losses read other queries' products, also what others hold."""
+        parts = [
+            self.sampler.step_instances(step - self.num_lexical, rank, self.world_size)
+            for rank in (range(self.world_size) if self._gathers else (self.rank,))
+        ]
+        if not self._gathers:
+            return collate(parts[0])
+        # every worker knows the whole step, so that vectors alone have to travel
+        others = [part for rank, part in enumerate(parts) if rank != self.rank]
+        batch, (worker_V, row_V) = with_others(parts[self.rank], others)
+        rank_V = worker_V + (worker_V >= self.rank)
+        most = max(len(collate(part).document_texts) for part in parts)
+        self._elsewhere = (torch.from_numpy(rank_V), torch.from_numpy(row_V), most)
+        return batch
+
     def _graded_loss(self, batch: StepBatch, query_UD: Tensor, document_UD: Tensor) -> tuple[Tensor, dict[str, float]]:
         place = query_UD.device
+        if self._gathers:
+            rank_V, row_V, most = self._elsewhere
+            gathered_WUD = gather_vectors(document_UD, most)
+            document_UD = torch.cat([document_UD, gathered_WUD[rank_V.to(place), row_V.to(place)]])
         targets = StepTargets(
             *(
                 torch.from_numpy(part).to(place)
@@ -237,7 +260,7 @@ class ContrastiveTrainer:
             loss, metrics = self.step_loss(step)
             loss.backward()  # type: ignore[no-untyped-call]
             return metrics
-        batch = collate(self.sampler.step_instances(step - self.num_lexical, self.rank, self.world_size))
+        batch = self._batch(step)
         queries, documents = (
             by_length(texts, self.recipe.texts_per_pass) for texts in (batch.query_texts, batch.document_texts)
         )

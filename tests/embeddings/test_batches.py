@@ -9,6 +9,7 @@ from embeddings.batches import (
     collate,
     draw_products,
     stable_seed,
+    with_others,
 )
 
 
@@ -177,3 +178,23 @@ def test_shares_go_with_their_products():
         "x": pytest.approx([0.9, 0.8]),
         "z": pytest.approx([0.2, 0.0]),
     }
+
+
+def test_a_worker_knows_which_products_of_others_are_foreign_to_its_queries():
+    def of(number, query, products, left_out=()):
+        return Instance(
+            ("a", str(number)), query, products, np.array([2, 0][: len(products)], dtype=np.int8), None, left_out
+        )
+
+    own = [of(1, "lamp", ["x", "y"], ["v"]), of(2, "hose", ["y", "z"])]
+    others = [[of(3, "rug", ["w", "x"])], [of(4, "sofa", ["v", "w"])]]
+
+    batch, (worker, row) = with_others(own, others)
+
+    # x is this worker's own; w is taken from the first that has it
+    assert list(zip(worker.tolist(), row.tolist(), strict=True)) == [(0, 0), (1, 0)]
+    assert batch.document_texts == ["x", "y", "z"]
+    assert batch.is_foreign.tolist() == [[False, False, True, True, False], [True, False, False, True, True]]
+    alone, places = with_others(own, [])
+    assert places.shape == (2, 0)
+    assert alone.is_foreign.shape == (2, 3)
