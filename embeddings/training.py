@@ -107,7 +107,7 @@ class ContrastiveTrainer:
 
     Attributes:
         step: the next one.
-        num_texts: distinct texts of this worker's steps so far.
+        num_texts: texts through the encoder so far, on all workers, as if each had as many as this one.
 
     Example:
         >>> trainer = ContrastiveTrainer(build_encoder(EncoderRecipe()), instances, TrainRecipe())
@@ -177,7 +177,7 @@ class ContrastiveTrainer:
             self.optimizer.step()
             self.tower.loss.clamp()
         self.step = step + 1
-        self.num_texts += metrics["num_texts"]
+        self.num_texts += metrics["num_texts"] * self.world_size
         return {**metrics, "gradient_norm": norm, "learning_rate": rate}
 
     def step_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:

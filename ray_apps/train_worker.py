@@ -121,7 +121,7 @@ class TrainWorker:
             if is_measured:
                 save_encoder(encoder, Path(place, ENCODER_FOLDER), self.task.card)
             told = {**metrics, SCORE: score, "start": self.start, "step": self.trainer.step}
-            told["texts"] = self.trainer.num_texts * self.num_workers
+            told |= {"texts": self.trainer.num_texts, "workers": self.num_workers}
             ray.train.report(told, checkpoint=ray.train.Checkpoint.from_directory(place))
 
     def tell(self, done: int, metrics: Mapping[str, float]) -> None:
