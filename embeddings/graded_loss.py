@@ -82,21 +82,26 @@ class GradedLoss(nn.Module):
             query_QD: normalised vectors.
             document_UD: normalised vectors of the step's distinct products.
             targets: what is known of them.
+
+        Raises:
+            ValueError: the recipe wants a width that the vectors do not exceed.
         """
         parts: dict[str, Tensor] = {}
-        cosine_QP = None
-        for width in (*self.recipe.matryoshka, query_QD.shape[1]):
-            if not 0 < width <= query_QD.shape[1]:
-                raise ValueError(f"matryoshka: expected widths up to {query_QD.shape[1]}, got {width}")
-            is_whole = width == query_QD.shape[1]
-            shortened = (part if is_whole else normalize(part[:, :width], dim=1) for part in (query_QD, document_UD))
-            cosine_QU = torch.matmul(*(part.mT if place else part for place, part in enumerate(shortened)))
-            cosine_QP = cosine_QU.gather(1, targets.document_index_QP.clamp(min=0))
-            for term in self.terms:
-                added = term.weight * self._of_term(term, cosine_QP, cosine_QU, targets)
-                parts[term.loss] = parts[term.loss] + added if term.loss in parts else added
-        assert cosine_QP is not None
+        index_QP, whole = targets.document_index_QP.clamp(min=0), query_QD.shape[1]
+        cosine_QU = query_QD @ document_UD.T
+        cosine_QP = cosine_QU.gather(1, index_QP)
+        self._add(parts, cosine_QP, cosine_QU, targets)
+        for width in self.recipe.matryoshka:
+            if not 0 < width < whole:
+                raise ValueError(f"matryoshka: expected widths below the vectors' {whole}, got {width}")
+            short_QU = normalize(query_QD[:, :width], dim=1) @ normalize(document_UD[:, :width], dim=1).T
+            self._add(parts, short_QU.gather(1, index_QP), short_QU, targets)
         return torch.stack(list(parts.values())).sum(), cosine_QP, parts
+
+    def _add(self, parts: dict[str, Tensor], cosine_QP: Tensor, cosine_QU: Tensor, targets: StepTargets) -> None:
+        for term in self.terms:
+            added = term.weight * self._of_term(term, cosine_QP, cosine_QU, targets)
+            parts[term.loss] = parts[term.loss] + added if term.loss in parts else added
 
     def _of_term(self, term: LossTerm, cosine_QP: Tensor, cosine_QU: Tensor, targets: StepTargets) -> Tensor:
         recipe, grade_QP = self.recipe, targets.grade_QP

@@ -74,7 +74,7 @@ def test_shorter_widths_are_vectors_of_their_own():
         expected += supcon_loss(cosine_QP, targets.grade_QP, torch.tensor(0.2, dtype=torch.float64)).item()
         expected += 0.5 * circle_loss(cosine_QP, targets.grade_QP, GradeMargins(), reduction="sum").item()
     assert whole.item() == pytest.approx(expected)
-    with pytest.raises(ValueError, match="widths up to 16, got 32"):
+    with pytest.raises(ValueError, match="widths below the vectors' 16, got 32"):
         GradedLoss(LossRecipe(matryoshka=(32,)), terms).double()(query, document, targets)
 
 
