@@ -132,5 +132,11 @@ class TrainWorker:
         self.told = time.monotonic()
         seconds, last = self.told - self.began, self.trainer.num_steps
         left = seconds / (done - self.first_step) * (last - done)
-        note = f"steps, loss {metrics['loss']:.3f}, {self.num_texts / seconds:.0f} texts/s, {left:.0f} s left"
+        cosines = " ".join(
+            f"{metrics[name]:.2f}" if (name := f"similarity_grade_{grade}") in metrics else "-" for grade in (2, 1, 0)
+        )
+        note = (
+            f"steps, loss {metrics['loss']:.3f}, gradient {metrics['gradient_norm']:.2f}, cosines of 2 1 0: {cosines}, "
+            f"{self.num_texts / seconds:.0f} texts/s, {left:.0f} s left"
+        )
         write_progress(self.run_folder, done=done, total=last, note=note)
