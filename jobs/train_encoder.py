@@ -81,12 +81,6 @@ class Placement:
         bool, meaning("compile the backbone for training: a minute or two at the start, then steps are faster")
     ] = False
     max_failures: Annotated[int, meaning("restarts after a worker died", ge=0)] = 0
-    least_workers: Annotated[
-        int | None, meaning("workers to start and go on with where the cluster has no room for all; null: all", ge=1)
-    ] = None
-    resize_every_sec: Annotated[
-        float, meaning("between looks for room for more workers; a run then goes on from its checkpoint", "s", gt=0)
-    ] = 60.0
 
 
 @settings
@@ -138,8 +132,6 @@ def run(config: Config) -> RunRecord:
         threads_per_worker=config.placement.threads_per_worker,
         use_gpu=config.placement.use_gpu,
         max_failures=config.placement.max_failures,
-        least_workers=config.placement.least_workers,
-        resize_every_sec=config.placement.resize_every_sec,
     )
     record = current.finish(
         rows=len(instances),

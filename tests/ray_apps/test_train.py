@@ -6,14 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
-import pytest
-import ray
 import torch
 
 from embeddings.batches import BatchRecipe, Instance
@@ -134,69 +130,6 @@ def test_killed_run_resumes_to_the_same_bits(ray_cluster, tmp_path):
     left, right = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_with_fewer_workers_and_takes_back_more(ray_cluster, tmp_path):
-    """Two workers, one while another task has the second CPU, two again: 2 minutes, most of it starts of workers."""
-    bert = tiny_bert_folder(tmp_path / "bert", dropout=0.0)
-    recipe = dataclasses.replace(
-        RECIPE, max_steps=3000, learning_rate=1e-5, validate_every_steps=10_000, checkpoint_every_steps=20
-    )
-    task = dataclasses.replace(make_task(bert, "elastic", recipe), validation=[])
-    snapshot = tmp_path / "runs" / "elastic" / "checkpoint_manager_snapshot.json"
-    seen = []
-
-    @ray.remote(num_cpus=1)
-    class Other:
-        """Something else that wants a CPU."""
-
-        def is_there(self):
-            return True
-
-    def wait_for(workers, after):
-        deadline = time.monotonic() + 200
-        while time.monotonic() < deadline:
-            metrics = newest(snapshot)
-            if metrics.get("workers") == workers and metrics["step"] > after:
-                seen.append((workers, metrics["step"]))
-                return metrics["step"]
-            time.sleep(0.1)
-        raise AssertionError(f"no checkpoint of {workers} workers past step {after}")
-
-    def disturb():
-        step = wait_for(2, 0)
-        other = Other.remote()
-        waiting = other.is_there.remote()
-        killed = next(one for one in psutil.process_iter(["cmdline"]) if is_train_worker(one))
-        killed.kill()
-        ray.get(waiting)
-        step = wait_for(1, step)
-        ray.kill(other)
-        wait_for(2, step)
-
-    disturber = threading.Thread(target=disturb, daemon=True)
-    disturber.start()
-    metrics = train(
-        task,
-        str(tmp_path / "elastic"),
-        storage=str(tmp_path / "runs"),
-        num_workers=2,
-        threads_per_worker=1,
-        use_gpu=False,
-        max_failures=3,
-        least_workers=1,
-        resize_every_sec=1.0,
-    )
-    disturber.join(timeout=10)
-
-    assert [workers for workers, _ in seen] == [2, 1, 2]
-    assert metrics["steps"] == 3000
-    assert np.isfinite(metrics["loss"])
-
-
-def is_train_worker(process):
-    return any("TrainWorker" in word for word in process.info["cmdline"] or [])
 
 
 def newest(snapshot):
