@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +83,20 @@ class Instance:
         return (self.grades[:, None] >= np.array([1, 2])).astype(np.float32)
 
 
+class Elsewhere(NamedTuple):
+    """Where the other workers' products are found.
+
+    Attributes:
+        rank_V: worker that encodes each.
+        row_V: row among that worker's texts.
+        most: the largest number of texts of any worker.
+    """
+
+    rank_V: NDArray[np.int64]
+    row_V: NDArray[np.int64]
+    most: int
+
+
 @dataclass(frozen=True)
 class StepBatch:
     """A worker's part of a step; each distinct text stands once.
@@ -95,7 +109,8 @@ class StepBatch:
         grades: int8, [Q, P]; -1 pads.
         shares: at or above grades 1 and 2, float32, [Q, P, 2]; nan pads.
         is_foreign: [Q, U], whether a product is in the step for other queries alone and has no grade under this one;
-            wider where products of other workers count as well.
+            with a column for each product elsewhere, behind those of its own.
+        elsewhere: products that other workers encode and this one does not; None where they do not count.
     """
 
     query_texts: list[str]
@@ -105,6 +120,7 @@ class StepBatch:
     grades: NDArray[np.int8]
     shares: NDArray[np.float32]
     is_foreign: NDArray[np.bool_]
+    elsewhere: Elsewhere | None = None
 
 
 class InstanceSampler:
@@ -236,33 +252,33 @@ def collate(instances: Sequence[Instance]) -> StepBatch:
     return StepBatch(*texts, query_index_Q, document_index_QP, grade_QP, share_QP2, is_foreign_QU)
 
 
-def with_others(own: Sequence[Instance], others: Sequence[Sequence[Instance]]) -> tuple[StepBatch, NDArray[np.int64]]:
-    """A worker's batch that knows the products of other workers' too, and where those are found.
+def collate_part(parts: Sequence[Sequence[Instance]], rank: int) -> StepBatch:
+    """A worker's batch that knows the products of the other workers' parts of the step too.
 
     Args:
-        own: instances of this worker.
-        others: those of each other worker, by rank.
-
-    Returns:
-        The batch, whose `is_foreign` has a column for each product of the others that this worker does not encode,
-        behind those of its own; and of these products the other worker, its place among `others`, and the row among
-        that worker's texts, [2, V].
+        parts: instances of each worker, by rank.
+        rank: of this worker.
     """
-    batch, places = collate(own), []
-    seen = set(batch.document_texts)
-    graded: list[set[str]] = [set() for _ in batch.query_texts]
-    for row, instance in enumerate(own):
-        graded[batch.query_index[row]].update((*instance.products, *instance.left_out))
-    added = []
-    for worker, instances in enumerate(others):
-        for row, text in enumerate(collate(instances).document_texts):
+    batches = [collate(part) for part in parts]
+    own, places, added = batches[rank], [], []
+    seen = set(own.document_texts)
+    graded: list[set[str]] = [set() for _ in own.query_texts]
+    for row, instance in enumerate(parts[rank]):
+        graded[own.query_index[row]].update((*instance.products, *instance.left_out))
+    for worker, batch in enumerate(batches):
+        for row, text in enumerate(batch.document_texts):
             if text not in seen:
                 seen.add(text)
                 places.append((worker, row))
-                added.append([text not in graded[query] for query in batch.query_index])
-    more_QV = np.array(added, dtype=bool).reshape(-1, len(own)).T
-    whole = dataclasses.replace(batch, is_foreign=np.concatenate([batch.is_foreign, more_QV], axis=1))
-    return whole, np.array(places, dtype=np.int64).reshape(-1, 2).T
+                added.append([text not in graded[query] for query in own.query_index])
+    more_QV = np.array(added, dtype=bool).reshape(-1, len(parts[rank])).T
+    rank_V, row_V = np.array(places, dtype=np.int64).reshape(-1, 2).T
+    most = max(len(batch.document_texts) for batch in batches)
+    return dataclasses.replace(
+        own,
+        is_foreign=np.concatenate([own.is_foreign, more_QV], axis=1),
+        elsewhere=Elsewhere(rank_V, row_V, most),
+    )
 
 
 def stable_seed(*parts: object) -> int:

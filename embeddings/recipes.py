@@ -137,6 +137,11 @@ class LossTerm:
         if self.in_batch and self.loss in _OF_SHARES:
             raise ValueError(f"in_batch adds products of grade 0, which {self.loss} does not read; set it to false")
 
+    @property
+    def reads_others(self) -> bool:
+        """Whether products of the step's other queries count in it."""
+        return self.in_batch or self.loss == "background"
+
 
 @settings
 class LossRecipe:
@@ -259,7 +264,7 @@ class TrainRecipe:
     @property
     def needs_contrast(self) -> bool:
         """Whether a query without products of two grades teaches nothing: no loss brings others beside its own."""
-        return not all(term.in_batch or term.loss == "background" for term in self.terms)
+        return not all(term.reads_others for term in self.terms)
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:

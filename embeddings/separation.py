@@ -96,9 +96,8 @@ def bootstrap_auc_difference(
         An interval for each of `auc_2v1`, `auc_1v0`, `auc_2v0` whose grades are present.
     """
     sides = [np.atleast_2d(np.asarray(scores, dtype=np.float64)) for scores in (scores_a, scores_b)]
-    _, grade_N, query_N = _aligned(sides[0][0], grades, query_index)
     for score_N in (*sides[0], *sides[1]):
-        _aligned(score_N, grades, query_index)
+        _, grade_N, query_N = _aligned(score_N, grades, query_index)
     _, query_N = np.unique(query_N, return_inverse=True)
     pairs = {
         name: tuple(_mean_of([_weighted_auc(score_N, grade_N, high, low) for score_N in side]) for side in sides)

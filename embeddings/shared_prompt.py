@@ -47,8 +47,7 @@ def shared_length(prompts: Sequence[Sequence[int]]) -> int:
     if len(prompts) < 2:
         return 0
     # in order, all prompts begin with what the first and the last have in common
-    in_order = sorted(tuple(prompt) for prompt in prompts)
-    first, last, most = in_order[0], in_order[-1], min(map(len, prompts)) - 1
+    first, last, most = min(map(tuple, prompts)), max(map(tuple, prompts)), min(map(len, prompts)) - 1
     shared = next((place for place in range(most) if first[place] != last[place]), most)
     return shared if shared >= LEAST_SHARED_TOKENS else 0
 

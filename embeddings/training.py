@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from conf.load import fingerprint
 from embeddings.backbone import compile_layers, has_fast_bf16, set_dropout, trainable_attention
-from embeddings.batches import Instance, InstanceSampler, StepBatch, collate, stable_seed, with_others
+from embeddings.batches import Instance, InstanceSampler, StepBatch, collate, collate_part, stable_seed
 from embeddings.encoder import Side, encode, forward, tokenize
 from embeddings.gather import gather_vectors
 from embeddings.graded_loss import GradedLoss, StepTargets
@@ -143,7 +143,7 @@ class ContrastiveTrainer:
         self.step, self.num_texts = 0, 0.0
         self.tower = TwoTower(model, recipe)
         self._parallel = wrap(self.tower)
-        reads_others = any(term.in_batch or term.loss == "background" for term in recipe.terms)
+        reads_others = any(term.reads_others for term in recipe.terms)
         self._gathers = reads_others and isinstance(self._parallel, nn.parallel.DistributedDataParallel)
         self.optimizer = self._new_optimizer()
 
@@ -190,26 +190,19 @@ class ContrastiveTrainer:
 
     def _batch(self, step: int) -> StepBatch:
         """This worker's part of a graded step; where losses read other queries' products, also what others hold."""
-        parts = [
-            self.sampler.step_instances(step - self.num_lexical, rank, self.world_size)
-            for rank in (range(self.world_size) if self._gathers else (self.rank,))
-        ]
+        place = step - self.num_lexical
         if not self._gathers:
-            return collate(parts[0])
+            return collate(self.sampler.step_instances(place, self.rank, self.world_size))
         # every worker knows the whole step, so that vectors alone have to travel
-        others = [part for rank, part in enumerate(parts) if rank != self.rank]
-        batch, (worker_V, row_V) = with_others(parts[self.rank], others)
-        rank_V = worker_V + (worker_V >= self.rank)
-        most = max(len(collate(part).document_texts) for part in parts)
-        self._elsewhere = (torch.from_numpy(rank_V), torch.from_numpy(row_V), most)
-        return batch
+        parts = [self.sampler.step_instances(place, rank, self.world_size) for rank in range(self.world_size)]
+        return collate_part(parts, self.rank)
 
     def _graded_loss(self, batch: StepBatch, query_UD: Tensor, document_UD: Tensor) -> tuple[Tensor, dict[str, float]]:
         place = query_UD.device
-        if self._gathers:
-            rank_V, row_V, most = self._elsewhere
-            gathered_WUD = gather_vectors(document_UD, most)
-            document_UD = torch.cat([document_UD, gathered_WUD[rank_V.to(place), row_V.to(place)]])
+        if batch.elsewhere is not None:
+            gathered_WUD = gather_vectors(document_UD, batch.elsewhere.most)
+            rank_V, row_V = (torch.from_numpy(part).to(place) for part in batch.elsewhere[:2])
+            document_UD = torch.cat([document_UD, gathered_WUD[rank_V, row_V]])
         targets = StepTargets(
             *(
                 torch.from_numpy(part).to(place)

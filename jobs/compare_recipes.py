@@ -20,7 +20,7 @@ from jobs import job, train_encoder
 from jobs.embed_catalog import EmbedRecipe, SearchPlacement
 from jobs.evaluate_retrieval import HEADLINES, measure_encoders
 from jobs.judged_queries import READ, Judged, read_judged
-from lake import runs, tables
+from lake import tables
 from lake.runs import Run, RunRecord
 from lake.schemas import RECIPE_COMPARISON, CandidateSource
 from lake.storage import replace_text
@@ -181,7 +181,8 @@ def _train(config: Config, current: Run, recipe: ComparedRecipe, factor: float, 
     model, texts, seconds, record = "", 0.0, 0.0, None
     outputs: dict[str, str] = {}
     for stage in recipe.stages:
-        record = _run_once(current, _stage_config(config, current, recipe, stage, factor, seed, model))
+        training = _stage_config(config, current, recipe, stage, factor, seed, model)
+        record = job.run_once(training, "train_encoder", train_encoder.run)
         model, texts, seconds = record.outputs["encoder"], texts + record.metrics["texts"], seconds + record.seconds
         outputs |= record.outputs
     assert record is not None
@@ -223,11 +224,6 @@ def _stage_config(
         ),
         placement=config.placement.train,
     )
-
-
-def _run_once(current: Run, config: train_encoder.Config) -> RunRecord:
-    done = runs.current(current.lake, "train_encoder", job.begin(config, "train_encoder").fingerprint)
-    return done or train_encoder.run(config)
 
 
 def _rows(

@@ -78,6 +78,12 @@ def pin(config: Any, job: str) -> Run:
     )
 
 
+def run_once(config: Any, job: str, run: Callable[[Any], RunRecord]) -> RunRecord:
+    """The record of this very work where the lake has it and its outputs; else that of running it now."""
+    opened = begin(config, job)
+    return runs.current(opened.lake, job, opened.fingerprint) or run(config)
+
+
 def _pinned(lake: Lake, inputs: Any) -> dict[str, str]:
     pinned: dict[str, str] = {}
     for field in dataclasses.fields(inputs):

@@ -15,7 +15,7 @@ from conf.load import fingerprint, load, read_yaml
 from embeddings.evaluation import JudgedQuery
 from jobs import job
 from jobs.embed_catalog import Catalog, read_catalogs
-from lake import runs, tables
+from lake import tables
 from lake.runs import RunRecord
 from lake.schemas import ANNOTATION_CONSENSUS, QUERY
 from lake.storage import Lake, LakeError
@@ -109,6 +109,4 @@ def _run_once(lake: Lake, name: str, inputs: Mapping[str, Any], recipe: Mapping[
     if recipe:
         values["recipe"] = dict(recipe)
     config = load(module.Config, values, source=f"conf/{name}/dev.yaml")
-    done = runs.current(lake, name, job.begin(config, name).fingerprint)
-    record: RunRecord = done or module.run(config)
-    return record
+    return job.run_once(config, name, module.run)

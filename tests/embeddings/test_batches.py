@@ -7,9 +7,9 @@ from embeddings.batches import (
     Instance,
     InstanceSampler,
     collate,
+    collate_part,
     draw_products,
     stable_seed,
-    with_others,
 )
 
 
@@ -189,12 +189,14 @@ def test_a_worker_knows_which_products_of_others_are_foreign_to_its_queries():
     own = [of(1, "lamp", ["x", "y"], ["v"]), of(2, "hose", ["y", "z"])]
     others = [[of(3, "rug", ["w", "x"])], [of(4, "sofa", ["v", "w"])]]
 
-    batch, (worker, row) = with_others(own, others)
+    batch = collate_part([others[0], own, others[1]], 1)
 
     # x is this worker's own; w is taken from the first that has it
-    assert list(zip(worker.tolist(), row.tolist(), strict=True)) == [(0, 0), (1, 0)]
+    rank, row, most = batch.elsewhere
+    assert list(zip(rank.tolist(), row.tolist(), strict=True)) == [(0, 0), (2, 0)]
+    assert most == 3
     assert batch.document_texts == ["x", "y", "z"]
     assert batch.is_foreign.tolist() == [[False, False, True, True, False], [True, False, False, True, True]]
-    alone, places = with_others(own, [])
-    assert places.shape == (2, 0)
+    alone = collate_part([own], 0)
+    assert alone.elsewhere.rank_V.shape == alone.elsewhere.row_V.shape == (0,)
     assert alone.is_foreign.shape == (2, 3)

@@ -445,7 +445,10 @@ def test_a_recipes_dropout_takes_the_place_of_the_backbones(build):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+# torch 2.13 warns of what it does itself while it compiles
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning"
+)
 def test_a_compiled_backbone_trains_alike_and_is_copied_as_the_plain_one(build):
     """Compiles the tiny backbone; about a minute."""
     recipe = TrainRecipe(max_steps=3, batch=BATCH, precision="fp32")

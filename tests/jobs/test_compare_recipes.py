@@ -10,6 +10,7 @@ from jobs import compare_recipes
 from jobs.compare_recipes import ComparedRecipe, ComparedStage, ComparisonRecipe, Config, Trained
 from jobs.embed_catalog import Catalog
 from jobs.judged_queries import Judged
+from lake.runs import Inputs, Run
 from lake.schemas import (
     ANNOTATION_CONSENSUS,
     CATALOG_PRODUCT,
@@ -100,7 +101,7 @@ def test_rows_are_means_over_seeds_with_what_the_reference_gains(lake):
     }
     trained = {name: (2.0, [Trained("", "", 0.5, 10.0, 3.0), Trained("", "", 0.7, 14.0, 5.0)]) for name in "ab"}
     recipe = ComparisonRecipe(recipes=(ComparedRecipe(name="a"), ComparedRecipe(name="b")), seeds=(0, 7))
-    current = compare_recipes.Run(lake, "compare_recipes", "dev", "", compare_recipes.runs.Inputs(), recipe)
+    current = Run(lake, "compare_recipes", "dev", "", Inputs(), recipe)
 
     rows = {row["recipe"]: row for row in compare_recipes._rows(current, recipe, own, trained, found)}
     page = compare_recipes._page(list(rows.values()), recipe)
