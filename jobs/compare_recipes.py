@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -105,9 +106,12 @@ class ComparisonRecipe:
 
 @settings
 class Placement:
-    """Where trainings run, one after the other, and where encoders are measured."""
+    """Where trainings run and where encoders are measured."""
 
     train: train_encoder.Placement = train_encoder.Placement()
+    trainings_at_once: Annotated[
+        int, meaning("trainings side by side; two of one thread do more than one of two threads", "trainings", ge=1)
+    ] = 1
     search: SearchPlacement = SearchPlacement()
 
 
@@ -146,13 +150,15 @@ class Trained:
 def run(config: Config) -> RunRecord:
     """Rows in recipe_comparison and a page under reports/; trainings that the lake has are not repeated."""
     current, recipe = job.begin(config, "compare_recipes"), config.recipe
-    chosen: dict[str, tuple[float, list[Trained]]] = {}
-    for one in recipe.recipes:
-        tried = {factor: _train(config, current, one, factor, recipe.seeds[0]) for factor in recipe.rate_factors}
-        best = max(tried, key=lambda factor: (tried[factor].score or 0.0, -recipe.rate_factors.index(factor)))
-        more = [_train(config, current, one, best, seed) for seed in recipe.seeds[1:]]
-        chosen[one.name] = (best, [tried[best], *more])
-        log.info("compare_recipes: %s: rates x %g, validation NDCG@10 %s", one.name, best, tried[best].score)
+    first = [(one, factor, recipe.seeds[0]) for one in recipe.recipes for factor in recipe.rate_factors]
+    tried = dict(zip(((one.name, factor) for one, factor, _ in first), _train(config, current, first), strict=True))
+    factors = {one.name: _best_factor(recipe, one.name, tried) for one in recipe.recipes}
+    others = [(one, factors[one.name], seed) for one in recipe.recipes for seed in recipe.seeds[1:]]
+    more = iter(_train(config, current, others))
+    chosen = {
+        name: (factor, [tried[name, factor], *(next(more) for _ in recipe.seeds[1:])])
+        for name, factor in factors.items()
+    }
     judged = read_judged(current.lake, {name: int(current.inputs[name]) for name in READ}, "test")
     folders = {PRETRAINED: current.lake.path(chosen[recipe.held_against][1][0].pretrained)}
     for name, (_, trained) in chosen.items():
@@ -176,17 +182,46 @@ def run(config: Config) -> RunRecord:
     )
 
 
-def _train(config: Config, current: Run, recipe: ComparedRecipe, factor: float, seed: int) -> Trained:
-    """The stages in their order, each at its share of the budget."""
-    model, texts, seconds, record = "", 0.0, 0.0, None
-    outputs: dict[str, str] = {}
-    for stage in recipe.stages:
-        training = _stage_config(config, current, recipe, stage, factor, seed, model)
-        record = job.run_once(training, "train_encoder", train_encoder.run)
-        model, texts, seconds = record.outputs["encoder"], texts + record.metrics["texts"], seconds + record.seconds
-        outputs |= record.outputs
-    assert record is not None
-    return Trained(model, outputs["pretrained"], record.metrics.get(SCORE), texts, seconds)
+def _best_factor(recipe: ComparisonRecipe, name: str, tried: Mapping[tuple[str, float], Trained]) -> float:
+    """The factor of the best validation NDCG@10; the first one of equals."""
+    best = max(recipe.rate_factors, key=lambda factor: tried[name, factor].score or 0.0)
+    log.info("compare_recipes: %s: rates x %g, validation NDCG@10 %s", name, best, tried[name, best].score)
+    return best
+
+
+def _train(config: Config, current: Run, work: Sequence[tuple[ComparedRecipe, float, int]]) -> list[Trained]:
+    """All stages of each (recipe, factor, seed), in their order; a stage that several have in common once."""
+    from ray_apps.side_by_side import side_by_side
+
+    records: list[list[RunRecord]] = [[] for _ in work]
+    for depth in range(max((len(recipe.stages) for recipe, _, _ in work), default=0)):
+        wanted: dict[train_encoder.Config, list[list[RunRecord]]] = {}
+        for (recipe, factor, seed), done in zip(work, records, strict=True):
+            if depth < len(recipe.stages):
+                model = done[-1].outputs["encoder"] if done else ""
+                training = _stage_config(config, current, recipe, recipe.stages[depth], factor, seed, model)
+                wanted.setdefault(training, []).append(done)
+        found = side_by_side(
+            partial(job.run_once, job="train_encoder", run=train_encoder.run),
+            list(wanted),
+            at_once=config.placement.trainings_at_once,
+            ray_placement=config.placement.train.ray,
+        )
+        for record, who in zip(found, wanted.values(), strict=True):
+            for done in who:
+                done.append(record)
+    return [_trained(done) for done in records]
+
+
+def _trained(stages: Sequence[RunRecord]) -> Trained:
+    """What the records of a recipe's stages say together."""
+    return Trained(
+        encoder=stages[-1].outputs["encoder"],
+        pretrained=next(record.outputs["pretrained"] for record in stages if "pretrained" in record.outputs),
+        score=stages[-1].metrics.get(SCORE),
+        texts=sum(record.metrics["texts"] for record in stages),
+        seconds=sum(record.seconds for record in stages),
+    )
 
 
 def _stage_config(

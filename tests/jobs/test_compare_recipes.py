@@ -1,4 +1,5 @@
 import dataclasses
+from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
@@ -6,11 +7,12 @@ import pytest
 
 from conf.load import ConfigError, load, load_job
 from embeddings.evaluation import JudgedQuery, measure
+from embeddings.recipes import TrainRecipe
 from jobs import compare_recipes
 from jobs.compare_recipes import ComparedRecipe, ComparedStage, ComparisonRecipe, Config, Trained
 from jobs.embed_catalog import Catalog
 from jobs.judged_queries import Judged
-from lake.runs import Inputs, Run
+from lake.runs import Inputs, Run, RunRecord
 from lake.schemas import (
     ANNOTATION_CONSENSUS,
     CATALOG_PRODUCT,
@@ -28,9 +30,12 @@ def test_the_rate_is_chosen_by_the_first_seed_on_validation_and_kept_for_the_oth
     scores = {(0.5, 0): 0.2, (1.0, 0): 0.4, (2.0, 0): 0.3}
     asked = []
 
-    def trained(config, current, recipe, factor, seed):
-        asked.append((factor, seed))
-        return Trained(f"encoder {factor} {seed}", "pretrained", scores.get((factor, seed), 0.9), 10.0, 1.0)
+    def trained(config, current, work):
+        asked.extend((factor, seed) for _, factor, seed in work)
+        return [
+            Trained(f"encoder {factor} {seed}", "pretrained", scores.get((factor, seed), 0.9), 10.0, 1.0)
+            for _, factor, seed in work
+        ]
 
     def measured(current, judged, folders, embedding, placement):
         raise InterruptedError(list(folders.items()))
@@ -47,6 +52,38 @@ def test_the_rate_is_chosen_by_the_first_seed_on_validation_and_kept_for_the_oth
     names = ("pretrained", "a/0", "a/1")
     folders = ("pretrained", "encoder 1.0 0", "encoder 1.0 7")
     assert stopped.value.args[0] == [(name, lake.path(folder)) for name, folder in zip(names, folders, strict=True)]
+
+
+def test_a_stage_that_recipes_have_in_common_is_trained_once(lake, monkeypatch):
+    for spec in (ANNOTATION_CONSENSUS, CATALOG_PRODUCT, MINED_PAIR, QUERY, TRAINING_INSTANCE):
+        put(lake, spec, [])
+    first = ComparedStage(share=0.5)
+    recipes = [
+        ComparedRecipe(name=name, stages=(first, ComparedStage(share=0.5, train=TrainRecipe(stage=2, epochs=epochs))))
+        for name, epochs in (("a", 1.0), ("b", 2.0))
+    ]
+    recipes.append(ComparedRecipe(name="c"))
+    config = Config(lake=lake.root, recipe=ComparisonRecipe(recipes=tuple(recipes)))
+    asked = []
+
+    def run_once(training, job, run):
+        asked.append(training)
+        outputs = {"encoder": f"encoder {len(asked)}"} | ({} if training.inputs.model else {"pretrained": "start"})
+        scores = {"texts": 10.0, compare_recipes.SCORE: len(asked) / 10}
+        now = datetime.now(UTC)
+        return RunRecord("", job, "dev", "", {}, outputs, {}, scores, "{}", 1, 2.0, now, "")
+
+    monkeypatch.setattr(compare_recipes.job, "run_once", run_once)
+    current = Run(lake, "compare_recipes", "dev", "", Inputs(dict.fromkeys(Config().inputs.__dict__, "0")), None)
+
+    found = compare_recipes._train(config, current, [(recipe, 1.0, 0) for recipe in recipes])
+
+    assert [training.inputs.model for training in asked] == ["", "", "encoder 1", "encoder 1"]
+    assert found == [
+        Trained("encoder 3", "start", 0.3, 20.0, 4.0),
+        Trained("encoder 4", "start", 0.4, 20.0, 4.0),
+        Trained("encoder 2", "start", 0.2, 10.0, 2.0),
+    ]
 
 
 @pytest.mark.parametrize(
