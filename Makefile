@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := spark,ray,train,ann,label-cpu,s3,demo,dev
+EXTRAS := spark,ray,train,ann,label-cpu,s3,mlflow,demo,dev
 export HF_HUB_OFFLINE ?= 1
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV := 0
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from conf.load import ConfigError, meaning, settings, validate
+from conf.load import ConfigError, describe, meaning, settings, validate
 from embeddings.batches import Instance
 from embeddings.lexical import CatalogText, sample_catalog
 from embeddings.recipes import CARD_FILE, EncoderRecipe, TrainRecipe, read_card
@@ -21,6 +21,7 @@ from lake import tables
 from lake.runs import Run, RunRecord
 from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, MINED_PAIR, QUERY, CandidateSource
 from ray_apps.cluster import RayPlacement, connect
+from ray_apps.tracking import Kind, Tracking
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,10 @@ class Placement:
         bool, meaning("compile the backbone for training: a minute or two at the start, then steps are faster")
     ] = False
     max_failures: Annotated[int, meaning("restarts after a worker died", ge=0)] = 0
+    trackers: Annotated[
+        tuple[Kind, ...],
+        meaning("who is told metrics of every step: tensorboard files in the lake, mlflow's server"),
+    ] = ()
 
 
 @settings
@@ -122,6 +127,13 @@ def run(config: Config) -> RunRecord:
         fingerprint=current.fingerprint,
         catalog=_lexical_sample(products, config.recipe.train),
         compiled=config.placement.compiled,
+        tracking=Tracking(
+            config.placement.trackers,
+            folder=lake.path("tensorboard", current.fingerprint),
+            name=current.fingerprint,
+            settings={item.key: item.default for item in describe(EncoderTrainingRecipe, config.recipe)}
+            | {f"inputs.{name}": version for name, version in current.inputs.items()},
+        ).here(),
     )
     connect(config.placement.ray)
     metrics = app.train(

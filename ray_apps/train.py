@@ -28,6 +28,7 @@ from embeddings.text import TextRecipe
 from lake.storage import atomic_folder
 from ray_apps.checkpoints import fit, is_resumable, set_ray_train_defaults
 from ray_apps.cluster import check_resources
+from ray_apps.tracking import NOBODY, Tracking
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class TrainTask:
         fingerprint: of the run; goes into the card.
         catalog: products for the lexical steps, a sample of the catalogue; empty where the recipe has none.
         compiled: whether the backbone is compiled for training.
+        tracking: where metrics of steps and validations go.
     """
 
     instances: Sequence[Instance]
@@ -63,6 +65,7 @@ class TrainTask:
     fingerprint: str
     catalog: Sequence[CatalogText] = ()
     compiled: bool = False
+    tracking: Tracking = NOBODY
 
     @property
     def card(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ray.train
@@ -19,6 +19,7 @@ from embeddings.training import ContrastiveTrainer
 from embeddings.validation import build_validation, validation_ndcg
 from lake.progress import write_progress
 from ray_apps.checkpoints import prepare_determinism
+from ray_apps.tracking import NOBODY, Tracker, trackers
 from ray_apps.train import ENCODER_FOLDER, SCORE, TrainTask
 
 _NOT_MEASURED = -1.0
@@ -65,6 +66,7 @@ class TrainWorker:
         self.start: float | None = None
         self.told = self.began = time.monotonic()
         self.first_step, self.num_texts = 0, 0.0
+        self.trackers: Sequence[Tracker] = ()
 
     def _wrap(self, module: nn.Module) -> nn.Module:
         if self.num_workers == 1:
@@ -90,16 +92,22 @@ class TrainWorker:
         In stage 1 it may be the one that is kept. In stage 2 it is stage 1's, which is published already: kept again,
         it would hide what stage 2 does to ranking and separation.
         """
+        # the workers compute the same, so one of them tells
+        with trackers(self.task.tracking if self.rank == 0 else NOBODY, self.first_step) as self.trackers:
+            if self.start is None:
+                self.report({}, is_measured=True)
+            for step in range(self.trainer.step, self.trainer.num_steps):
+                self.step(step)
+
+    def step(self, step: int) -> None:
+        """One step, and what is due after it."""
         recipe, last = self.task.recipe, self.trainer.num_steps
-        if self.start is None:
-            self.report({}, is_measured=True)
-        for step in range(self.trainer.step, last):
-            metrics = self.trainer.train_step(step)
-            done = step + 1
-            self.tell(done, metrics)
-            is_measured = done % recipe.validate_every_steps == 0 or done == last
-            if is_measured or done % recipe.checkpoint_every_steps == 0:
-                self.report(metrics, is_measured=is_measured)
+        metrics = self.trainer.train_step(step)
+        done = step + 1
+        self.tell(done, metrics)
+        is_measured = done % recipe.validate_every_steps == 0 or done == last
+        if is_measured or done % recipe.checkpoint_every_steps == 0:
+            self.report(metrics, is_measured=is_measured)
 
     def report(self, metrics: Mapping[str, float], *, is_measured: bool) -> None:
         """Hands a checkpoint to Ray; every worker takes part, the first one writes."""
@@ -113,6 +121,7 @@ class TrainWorker:
             # what is compiled is compiled for training: again for a few validations would take longer than they do
             with torch.compiler.set_stance("force_eager"):
                 score = validation_ndcg(encoder, self.validation, bf16=self.trainer.bf16)
+            self.track({"validation/ndcg@10": score})
         if self.start is None:
             self.start = score
             score = score if self.task.recipe.stage == 1 else _NOT_MEASURED
@@ -124,9 +133,16 @@ class TrainWorker:
             told |= {"texts": self.trainer.num_texts, "workers": self.num_workers}
             ray.train.report(told, checkpoint=ray.train.Checkpoint.from_directory(place))
 
+    def track(self, metrics: Mapping[str, float]) -> None:
+        """Hands metrics of the step just done to the trackers."""
+        for tracker in self.trackers:
+            tracker.add(self.trainer.step, metrics)
+
     def tell(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Writes how far the run is, every few seconds."""
+        """Hands on what was measured and, every few seconds, writes how far the run is."""
         self.num_texts += metrics["num_texts"] * self.num_workers
+        rate = self.num_texts / (time.monotonic() - self.began)
+        self.track({f"train/{name}": value for name, value in metrics.items()} | {"train/texts_per_second": rate})
         if self.rank > 0 or time.monotonic() - self.told < _EVERY_SEC:
             return
         self.told = time.monotonic()
@@ -137,6 +153,6 @@ class TrainWorker:
         )
         note = (
             f"steps, loss {metrics['loss']:.3f}, gradient {metrics['gradient_norm']:.2f}, cosines of 2 1 0: {cosines}, "
-            f"{self.num_texts / seconds:.0f} texts/s, {left:.0f} s left"
+            f"{rate:.0f} texts/s, {left:.0f} s left"
         )
         write_progress(self.run_folder, done=done, total=last, note=note)

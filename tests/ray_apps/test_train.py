@@ -17,7 +17,9 @@ from embeddings.encoder import build_encoder, encode, load_encoder
 from embeddings.recipes import EncoderRecipe, TrainRecipe
 from embeddings.text import TextRecipe
 from ray_apps.cluster import RayPlacement, connect
+from ray_apps.tracking import Tracking
 from ray_apps.train import TrainTask, drop_checkpoints, train
+from tests.ray_apps.test_tracking import events
 from tests.tiny_models import tiny_bert_folder
 
 WORDS = ["lamp", "hose", "shoe", "drill", "sofa", "kettle", "paint", "rug"]
@@ -68,12 +70,17 @@ def test_two_workers_learn_what_one_learns(ray_cluster, tmp_path):
     recipe = dataclasses.replace(RECIPE, max_steps=4, learning_rate=1e-4)
     pretrained = str(tmp_path / "pretrained")
     # without validation queries the last checkpoint is the one that is kept
-    tasks = [make_task(bert, "one", recipe, pretrained), make_task(bert, "two", recipe)]
+    tracking = Tracking(("tensorboard",), str(tmp_path / "told"))
+    tasks = [
+        make_task(bert, "one", recipe, pretrained),
+        dataclasses.replace(make_task(bert, "two", recipe), tracking=tracking),
+    ]
     one, two = (
         run_training(tmp_path, dataclasses.replace(task, validation=[]), num_workers=number)
         for number, task in enumerate(tasks, start=1)
     )
     assert one["steps"] == two["steps"] == one["published_step"] == 4
+    assert [step for step, name, _ in events(tmp_path / "told") if name == "train/loss"] == [1, 2, 3, 4]
     start = build_encoder(EncoderRecipe(model=str(bert)))
     left, right, before = weights(tmp_path / "one"), weights(tmp_path / "two"), start.state_dict()
     # no attention depends on a bias of its keys: its gradient is rounding alone, of which Adam makes whole steps
