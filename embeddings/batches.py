@@ -12,15 +12,16 @@ import dataclasses
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Annotated, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from conf.load import meaning, settings
+from embeddings.alike import alike_order
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,15 @@ class BatchRecipe:
             "least share of the instances that hold grade 0; others are left out by chance to reach it", ge=0, le=1
         ),
     ] = 0.0
+    alike_queries: Annotated[
+        int,
+        meaning(
+            "queries of a step that stand together because they are alike, so that in-batch products are near misses; "
+            "1: all by chance",
+            "queries",
+            ge=1,
+        ),
+    ] = 1
 
     def __post_init__(self) -> None:
         if self.max_per_grade is not None and (min(self.max_per_grade) < 0 or not any(self.max_per_grade)):
@@ -84,17 +94,23 @@ class Instance:
 
 
 class Elsewhere(NamedTuple):
-    """Where the other workers' products are found.
+    """Where the other workers' products are found, and which pairs they hold.
 
     Attributes:
         rank_V: worker that encodes each.
         row_V: row among that worker's texts.
         most: the largest number of texts of any worker.
+        pair_M3: of each of their pairs the worker, the row of its query and that of its product among that worker's.
+        grade_M: int8, of each pair.
+        most_queries: the largest number of queries of any worker.
     """
 
     rank_V: NDArray[np.int64]
     row_V: NDArray[np.int64]
     most: int
+    pair_M3: NDArray[np.int64]
+    grade_M: NDArray[np.int8]
+    most_queries: int
 
 
 @dataclass(frozen=True)
@@ -132,13 +148,20 @@ class InstanceSampler:
         seed: decides the order and the draws, together with epoch and key of the query.
         needs_contrast: False where products of other queries are the contrast of every loss: then an instance with any
             positive among what may be drawn counts.
+        encode: normalised vectors of queries, asked for once, where the recipe wants steps of alike queries.
 
     Raises:
         ValueError: no instance has products of two grades.
     """
 
     def __init__(
-        self, instances: Sequence[Instance], recipe: BatchRecipe, seed: int, *, needs_contrast: bool = True
+        self,
+        instances: Sequence[Instance],
+        recipe: BatchRecipe,
+        seed: int,
+        *,
+        needs_contrast: bool = True,
+        encode: Callable[[Sequence[str]], NDArray[np.float32]] | None = None,
     ) -> None:
         self.instances = [
             instance
@@ -155,12 +178,15 @@ class InstanceSampler:
             reason = "all products of one grade" if needs_contrast else "no product above grade 0"
             log.info("%d of %d instances left out: %s", left_out, len(instances), reason)
         self.instances = _enough_with_irrelevant(self.instances, recipe.share_with_irrelevant, seed)
-        self.recipe, self.seed = recipe, seed
+        self.recipe, self.seed, self._encode = recipe, seed, encode
+        # two epochs meet in a step
+        self._order = lru_cache(maxsize=2)(self._new_order)
 
     def step_instances(self, step: int, rank: int, world_size: int) -> list[Instance]:
         """The worker's instances of a step, drawn down to `max_products_per_query`.
 
-        Over all steps every instance comes once per epoch; a step may span two epochs. Worker `rank` takes
+        Over all steps every instance comes once per epoch, alike ones together where the recipe says so; a step may
+        span two epochs. Worker `rank` takes
         every `world_size`-th instance of the step.
 
         Raises:
@@ -172,9 +198,22 @@ class InstanceSampler:
         drawn = []
         for sample in range(step * size + rank, (step + 1) * size, world_size):
             epoch, place = divmod(sample, count)
-            instance = self.instances[_epoch_order(self.seed, epoch, count)[place]]
+            instance = self.instances[self._order(epoch)[place]]
             drawn.append(draw_products(instance, self.recipe, stable_seed(self.seed, epoch, *instance.key)))
         return drawn
+
+    def _new_order(self, epoch: int) -> NDArray[np.int64]:
+        """Places of the instances in the order of an epoch."""
+        seed = stable_seed(self.seed, epoch, "order")
+        if self.recipe.alike_queries == 1:
+            return np.random.default_rng(seed).permutation(len(self.instances))
+        return alike_order(self._vectors, self.recipe.alike_queries, seed)
+
+    @cached_property
+    def _vectors(self) -> NDArray[np.float32]:
+        if self._encode is None:
+            raise ValueError(f"alike_queries={self.recipe.alike_queries}: expected an encoder of the queries, got none")
+        return self._encode([instance.query for instance in self.instances])
 
 
 def _enough_with_irrelevant(instances: list[Instance], share: float, seed: int) -> list[Instance]:
@@ -273,11 +312,24 @@ def collate_part(parts: Sequence[Sequence[Instance]], rank: int) -> StepBatch:
                 added.append([text not in graded[query] for query in own.query_index])
     more_QV = np.array(added, dtype=bool).reshape(-1, len(parts[rank])).T
     rank_V, row_V = np.array(places, dtype=np.int64).reshape(-1, 2).T
-    most = max(len(batch.document_texts) for batch in batches)
+    pairs, grades = [np.empty((0, 3), dtype=np.int64)], [np.empty(0, dtype=np.int8)]
+    for worker, batch in enumerate(batches):
+        if worker != rank:
+            row_N, column_N = np.nonzero(batch.grades != PADDING)
+            of_pair = (batch.query_index[row_N], batch.document_index[row_N, column_N])
+            pairs.append(np.stack([np.full(len(row_N), worker), *of_pair], axis=1))
+            grades.append(batch.grades[row_N, column_N])
     return dataclasses.replace(
         own,
         is_foreign=np.concatenate([own.is_foreign, more_QV], axis=1),
-        elsewhere=Elsewhere(rank_V, row_V, most),
+        elsewhere=Elsewhere(
+            rank_V,
+            row_V,
+            max(len(batch.document_texts) for batch in batches),
+            np.concatenate(pairs),
+            np.concatenate(grades),
+            max(len(batch.query_texts) for batch in batches),
+        ),
     )
 
 
@@ -285,8 +337,3 @@ def stable_seed(*parts: object) -> int:
     """A 63-bit seed that is the same in every process and on every machine."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    return np.random.default_rng(stable_seed(seed, epoch, "order")).permutation(count)

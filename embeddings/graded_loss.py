@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from embeddings.losses import circle_loss, over_queries, supcon_loss
-from embeddings.ranking_losses import cosent_loss, infonce_loss, pairwise_logistic_loss, rg_loss, triplet_loss
+from embeddings.ranking_losses import (
+    cosent_loss,
+    infonce_loss,
+    pairwise_logistic_loss,
+    pooled_logistic_loss,
+    rg_loss,
+    triplet_loss,
+)
 from embeddings.recipes import TEMPERATURE_BOUNDS, LossName, LossRecipe, LossTerm
 from embeddings.soft_losses import listwise_kl_loss, margin_mse_loss, ordinal_kl_loss
 
@@ -32,6 +39,20 @@ class StepTargets(NamedTuple):
     grade_QP: Tensor
     share_QPB: Tensor
     is_foreign_QU: Tensor
+
+
+class OtherPairs(NamedTuple):
+    """Graded pairs of the step that other workers hold.
+
+    Attributes:
+        query_MD: vector of each pair's query.
+        document_MD: vector of each pair's product.
+        grade_M: int8.
+    """
+
+    query_MD: Tensor
+    document_MD: Tensor
+    grade_M: Tensor
 
 
 class GradedLoss(nn.Module):
@@ -74,7 +95,7 @@ class GradedLoss(nn.Module):
         self.log_temperature.data.clamp_(math.log(low), math.log(high))
 
     def forward(
-        self, query_QD: Tensor, document_UD: Tensor, targets: StepTargets
+        self, query_QD: Tensor, document_UD: Tensor, targets: StepTargets, others: OtherPairs | None = None
     ) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
         """The weighted sum, the cosines of each query's products [Q, P], and what each term adds.
 
@@ -82,28 +103,51 @@ class GradedLoss(nn.Module):
             query_QD: normalised vectors.
             document_UD: normalised vectors of the step's distinct products.
             targets: what is known of them.
+            others: pairs of other workers, which count in a loss over all pairs of a step.
 
         Raises:
             ValueError: the recipe wants a width that the vectors do not exceed.
         """
         parts: dict[str, Tensor] = {}
-        index_QP, whole = targets.document_index_QP.clamp(min=0), query_QD.shape[1]
-        cosine_QU = query_QD @ document_UD.T
-        cosine_QP = cosine_QU.gather(1, index_QP)
-        self._add(parts, cosine_QP, cosine_QU, targets)
+        cosine_QP = self._add(parts, query_QD, document_UD, targets, others)
         for width in self.recipe.matryoshka:
-            if not 0 < width < whole:
-                raise ValueError(f"matryoshka: expected widths below the vectors' {whole}, got {width}")
-            short_QU = normalize(query_QD[:, :width], dim=1) @ normalize(document_UD[:, :width], dim=1).T
-            self._add(parts, short_QU.gather(1, index_QP), short_QU, targets)
+            if not 0 < width < query_QD.shape[1]:
+                raise ValueError(f"matryoshka: expected widths below the vectors' {query_QD.shape[1]}, got {width}")
+            self._add(parts, _short(query_QD, width), _short(document_UD, width), targets, _shorter(others, width))
         return torch.stack(list(parts.values())).sum(), cosine_QP, parts
 
-    def _add(self, parts: dict[str, Tensor], cosine_QP: Tensor, cosine_QU: Tensor, targets: StepTargets) -> None:
+    def _add(
+        self,
+        parts: dict[str, Tensor],
+        query_QD: Tensor,
+        document_UD: Tensor,
+        targets: StepTargets,
+        others: OtherPairs | None,
+    ) -> Tensor:
+        """Adds every term at the vectors' width to the parts; returns the cosines of each query's products."""
+        cosine_QU = query_QD @ document_UD.T
+        cosine_QP = cosine_QU.gather(1, targets.document_index_QP.clamp(min=0))
         for term in self.terms:
-            added = term.weight * self._of_term(term, cosine_QP, cosine_QU, targets)
-            parts[term.loss] = parts[term.loss] + added if term.loss in parts else added
+            value = self._of_term(term, cosine_QP, cosine_QU, targets, others)
+            parts[term.loss] = parts.get(term.loss, 0.0) + term.weight * value
+        return cosine_QP
 
-    def _of_term(self, term: LossTerm, cosine_QP: Tensor, cosine_QU: Tensor, targets: StepTargets) -> Tensor:
+    def _pooled(self, cosine_QP: Tensor, grade_QP: Tensor, others: OtherPairs | None) -> Tensor:
+        """Over the pairs of all workers, times this one's queries: the workers' sum is that of one worker."""
+        cosine_N, grade_N = cosine_QP.flatten(), grade_QP.flatten()
+        if others is not None:
+            cosine_N = torch.cat([cosine_N, (others.query_MD * others.document_MD).sum(dim=1)])
+            grade_N = torch.cat([grade_N, others.grade_M])
+        return len(grade_QP) * pooled_logistic_loss(cosine_N, grade_N, scale=self.recipe.order_scale)
+
+    def _of_term(
+        self,
+        term: LossTerm,
+        cosine_QP: Tensor,
+        cosine_QU: Tensor,
+        targets: StepTargets,
+        others: OtherPairs | None,
+    ) -> Tensor:
         recipe, grade_QP = self.recipe, targets.grade_QP
         if term.in_batch:
             cosine_QP, grade_QP = with_in_batch(
@@ -120,6 +164,8 @@ class GradedLoss(nn.Module):
                 return cosent_loss(cosine_QP, grade_QP, scale=recipe.order_scale, reduction="sum")
             case "pairwise_logistic":
                 return pairwise_logistic_loss(cosine_QP, grade_QP, scale=recipe.order_scale, reduction="sum")
+            case "pooled_logistic":
+                return self._pooled(cosine_QP, grade_QP, others)
             case "triplet":
                 return triplet_loss(cosine_QP, grade_QP, margin=recipe.triplet_margin, reduction="sum")
             case "rg2" | "rgx":
@@ -143,6 +189,16 @@ class GradedLoss(nn.Module):
                 )
             case "background":
                 return background_loss(cosine_QU, targets.is_foreign_QU, recipe.background_cosine)
+
+
+def _short(vectors: Tensor, width: int) -> Tensor:
+    return normalize(vectors[:, :width], dim=1)
+
+
+def _shorter(pairs: OtherPairs | None, width: int) -> OtherPairs | None:
+    if pairs is None:
+        return None
+    return OtherPairs(_short(pairs.query_MD, width), _short(pairs.document_MD, width), pairs.grade_M)
 
 
 WITH_TEMPERATURE: frozenset[LossName] = frozenset({"supcon", "infonce", "listwise_kl"})

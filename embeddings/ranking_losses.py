@@ -1,15 +1,17 @@
 """Losses of other recipes that learn from grades: softmax over negatives, pairs in order, quadratic surrogates.
 
-Each compares a query with the products of its row, as the paper's two do (`losses`), so that any of them can stand in a
-weighted sum with those and with products of other queries beside a query's own (`graded_loss.with_in_batch`, which
-gives these grade 0). In all of them the grades of a row matter by their order; where they weigh, it is said.
+All but the pooled one compare a query with the products of its row, as the paper's two do (`losses`), so that any of
+them can stand in a weighted sum with those and with products of other queries beside a query's own
+(`graded_loss.with_in_batch`, which gives these grade 0). In all of them the grades of a row matter by their order;
+where they weigh, it is said.
 """
 
-# Q queries, P products of a query's row, padded to the longest
+# Q queries, P products of a query's row, padded to the longest, N pairs of all queries
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -135,6 +137,33 @@ def pairwise_logistic_loss(
     """
     lead_QPP, gap_QPP = _leads(similarity_QP, grade_QP)
     return _over_pairs(softplus(-scale * lead_QPP), gap_QPP > 0, reduction)
+
+
+def pooled_logistic_loss(similarity_N: Tensor, grade_N: Tensor, *, scale: float = 20.0) -> Tensor:
+    """Log loss of the order of each two pairs of different grades, whichever their queries are.
+
+    The mean over each two grades counts alike, however rare one is: a smooth bound on one minus the mean AUC between
+    grades over all pairs of a step, so that a cosine comes to mean the same beside every query. Losses inside a query
+    leave that open.
+
+    Args:
+        similarity_N: cosine similarities of all pairs; padding may hold anything.
+        grade_N: int8 grades; -1 masks a pair out.
+        scale: inverse temperature.
+
+    Returns:
+        Scalar, differentiable; 0 with zero gradient if all pairs have one grade.
+
+    Raises:
+        ValueError: the two differ in shape.
+
+    Cites: Gao and Zhou 2015 (arXiv 1208.0645): minimising it maximises AUC.
+    """
+    check_shapes(similarity_N[None], grade_N[None])
+    score_N = at_least_float32(similarity_N).masked_fill(grade_N < 0, 0.0)
+    scores = [score_N[grade_N == grade] for grade in torch.unique(grade_N).tolist() if grade >= 0]
+    losses = [softplus(scale * (low[None] - high[:, None])).mean() for low, high in combinations(scores, 2)]
+    return torch.stack(losses).mean() if losses else 0.0 * score_N.sum()
 
 
 def rg_loss(

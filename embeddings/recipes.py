@@ -113,6 +113,7 @@ LossName = Literal[
     "cosent",
     "triplet",
     "pairwise_logistic",
+    "pooled_logistic",
     "rg2",
     "rgx",
     "margin_mse",
@@ -120,7 +121,13 @@ LossName = Literal[
     "ordinal_kl",
     "background",
 ]
-_OF_SHARES: tuple[LossName, ...] = ("margin_mse", "listwise_kl", "ordinal_kl", "background")
+_WITHOUT_IN_BATCH: tuple[LossName, ...] = (
+    "margin_mse",
+    "listwise_kl",
+    "ordinal_kl",
+    "background",
+    "pooled_logistic",
+)
 
 
 @settings
@@ -134,13 +141,13 @@ class LossTerm:
     ] = False
 
     def __post_init__(self) -> None:
-        if self.in_batch and self.loss in _OF_SHARES:
+        if self.in_batch and self.loss in _WITHOUT_IN_BATCH:
             raise ValueError(f"in_batch adds products of grade 0, which {self.loss} does not read; set it to false")
 
     @property
     def reads_others(self) -> bool:
         """Whether products of the step's other queries count in it."""
-        return self.in_batch or self.loss == "background"
+        return self.in_batch or self.loss in ("background", "pooled_logistic")
 
 
 @settings
@@ -169,7 +176,9 @@ class LossRecipe:
         ),
     ] = 0.95
     margins: Annotated[GradeMargins, meaning("bands of circle")] = GradeMargins()
-    order_scale: Annotated[float, meaning("of cosent and pairwise_logistic, inverse temperature", gt=0)] = 20.0
+    order_scale: Annotated[
+        float, meaning("of cosent, pairwise_logistic and pooled_logistic, inverse temperature", gt=0)
+    ] = 20.0
     triplet_margin: Annotated[float, meaning("lead for one grade", "cosine", ge=0, le=1)] = 0.1
     rg_temperature: Annotated[float, meaning("of rg2 and rgx, fixed", gt=0)] = 0.2
     teacher_spread: Annotated[float, meaning("margin_mse: between a sure 2 and a sure 0", "cosine", gt=0, le=2)] = 0.5

@@ -32,7 +32,7 @@ from embeddings.backbone import compile_layers, has_fast_bf16, set_dropout, trai
 from embeddings.batches import Instance, InstanceSampler, StepBatch, collate, collate_part, stable_seed
 from embeddings.encoder import Side, encode, forward, tokenize
 from embeddings.gather import gather_vectors
-from embeddings.graded_loss import GradedLoss, StepTargets
+from embeddings.graded_loss import GradedLoss, OtherPairs, StepTargets
 from embeddings.gradient_cache import backward_in_passes
 from embeddings.lexical import CatalogText, LexicalSampler
 from embeddings.losses import lexical_loss
@@ -132,11 +132,13 @@ class ContrastiveTrainer:
             set_dropout(model, recipe.dropout)
         if compiled:
             compile_layers(model)
-        self.sampler = InstanceSampler(instances, recipe.batch, recipe.seed, needs_contrast=recipe.needs_contrast)
+        self.bf16 = use_bf16(recipe, model.device.type)
+        self.sampler = InstanceSampler(
+            instances, recipe.batch, recipe.seed, needs_contrast=recipe.needs_contrast, encode=self._encode_queries
+        )
         self.num_lexical = recipe.lexical.steps
         self.num_graded = plan_steps(recipe, self.sampler)
         self.num_steps = self.num_lexical + self.num_graded
-        self.bf16 = use_bf16(recipe, model.device.type)
         self._teacher = (
             _LexicalTeacher(model, catalog, recipe, world_size=world_size, bf16=self.bf16) if self.num_lexical else None
         )
@@ -188,6 +190,15 @@ class ContrastiveTrainer:
         vectors = self._vectors(tokenize(self.model, batch.query_texts, "query"), batch.document_texts)
         return self._graded_loss(batch, *vectors)
 
+    def _encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Vectors of the untrained encoder, the first worker's on all: in another's last digits orders could differ."""
+        vectors = encode(self.model, texts, "query", bf16=self.bf16)
+        if not torch.distributed.is_initialized():
+            return vectors
+        shared = torch.from_numpy(vectors).to(self.model.device)
+        torch.distributed.broadcast(shared, src=0)
+        return shared.cpu().numpy()
+
     def _batch(self, step: int) -> StepBatch:
         """This worker's part of a graded step; where losses read other queries' products, also what others hold."""
         place = step - self.num_lexical
@@ -198,11 +209,16 @@ class ContrastiveTrainer:
         return collate_part(parts, self.rank)
 
     def _graded_loss(self, batch: StepBatch, query_UD: Tensor, document_UD: Tensor) -> tuple[Tensor, dict[str, float]]:
-        place = query_UD.device
-        if batch.elsewhere is not None:
-            gathered_WUD = gather_vectors(document_UD, batch.elsewhere.most)
-            rank_V, row_V = (torch.from_numpy(part).to(place) for part in batch.elsewhere[:2])
-            document_UD = torch.cat([document_UD, gathered_WUD[rank_V, row_V]])
+        place, others = query_UD.device, None
+        if (elsewhere := batch.elsewhere) is not None:
+            document_WUD = gather_vectors(document_UD, elsewhere.most)
+            rank_V, row_V = (torch.from_numpy(part).to(place) for part in elsewhere[:2])
+            document_UD = torch.cat([document_UD, document_WUD[rank_V, row_V]])
+            if any(term.loss == "pooled_logistic" for term in self.recipe.terms):
+                query_WUD = gather_vectors(query_UD, elsewhere.most_queries)
+                rank_M, query_M, product_M = torch.from_numpy(elsewhere.pair_M3.T).to(place)
+                grade_M = torch.from_numpy(elsewhere.grade_M).to(place)
+                others = OtherPairs(query_WUD[rank_M, query_M], document_WUD[rank_M, product_M], grade_M)
         targets = StepTargets(
             *(
                 torch.from_numpy(part).to(place)
@@ -210,7 +226,7 @@ class ContrastiveTrainer:
             )
         )
         query_QD = query_UD[torch.from_numpy(batch.query_index).to(place)]
-        loss, cosine_QP, parts = self.tower.loss(query_QD, document_UD, targets)
+        loss, cosine_QP, parts = self.tower.loss(query_QD, document_UD, targets, others)
         # the paper sums over queries; AdamW does not see the constant factor, the clipping does
         scaled = loss * (self.world_size / self.recipe.batch.queries_per_step)
         num_queries = len(batch.grades)

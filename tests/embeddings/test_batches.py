@@ -61,6 +61,31 @@ def test_more_workers_than_queries_are_refused():
         InstanceSampler(INSTANCES, BatchRecipe(queries_per_step=2), seed=0).step_instances(0, 0, 3)
 
 
+def test_alike_queries_stand_together_in_every_epoch():
+    instances = [instance(number, [2, 0], query=f"{word} {number}") for number, word in enumerate("abcd" * 5)]
+    asked = []
+
+    def encode(texts):
+        asked.append(list(texts))
+        return np.array([[float(text[0] == word) for word in "abcd"] for text in texts], dtype=np.float32)
+
+    recipe = BatchRecipe(queries_per_step=10, alike_queries=5)
+    sampler = InstanceSampler(instances, recipe, seed=0, encode=encode)
+
+    steps = [sampler.step_instances(step, 0, 1) for step in range(6)]
+
+    assert asked == [[one.query for one in instances]]
+    runs = [["".join(one.query[0] for one in step[:5]), "".join(one.query[0] for one in step[5:])] for step in steps]
+    assert all(len(set(run)) == 1 for step in runs for run in step)
+    epochs = [keys(steps[start] + steps[start + 1]) for start in (0, 2, 4)]
+    assert all(sorted(epoch) == sorted(keys(instances)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    halves = [sampler.step_instances(3, rank, 2) for rank in (0, 1)]
+    assert keys(steps[3]) == keys([one for both in zip(*halves, strict=True) for one in both])
+    with pytest.raises(ValueError, match="expected an encoder"):
+        InstanceSampler(instances, recipe, seed=0).step_instances(0, 0, 1)
+
+
 @pytest.mark.parametrize("grades", [[2] + [0] * 40, [1] * 40 + [0], [2] * 30 + [1], [2] + [1] * 20 + [0] * 20])
 def test_a_draw_holds_every_grade_of_its_instance(grades):
     recipe = BatchRecipe(max_products_per_query=4)
@@ -192,11 +217,15 @@ def test_a_worker_knows_which_products_of_others_are_foreign_to_its_queries():
     batch = collate_part([others[0], own, others[1]], 1)
 
     # x is this worker's own; w is taken from the first that has it
-    rank, row, most = batch.elsewhere
-    assert list(zip(rank.tolist(), row.tolist(), strict=True)) == [(0, 0), (2, 0)]
-    assert most == 3
+    elsewhere = batch.elsewhere
+    assert list(zip(elsewhere.rank_V.tolist(), elsewhere.row_V.tolist(), strict=True)) == [(0, 0), (2, 0)]
+    assert elsewhere.most == 3
+    # (rug, w), (rug, x), (sofa, v), (sofa, w)
+    assert elsewhere.pair_M3.tolist() == [[0, 0, 0], [0, 0, 1], [2, 0, 0], [2, 0, 1]]
+    assert elsewhere.grade_M.tolist() == [2, 0, 2, 0]
+    assert elsewhere.most_queries == 2
     assert batch.document_texts == ["x", "y", "z"]
     assert batch.is_foreign.tolist() == [[False, False, True, True, False], [True, False, False, True, True]]
     alone = collate_part([own], 0)
-    assert alone.elsewhere.rank_V.shape == alone.elsewhere.row_V.shape == (0,)
+    assert alone.elsewhere.rank_V.shape == alone.elsewhere.row_V.shape == alone.elsewhere.grade_M.shape == (0,)
     assert alone.is_foreign.shape == (2, 3)

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from embeddings.graded_loss import with_in_batch
-from embeddings.ranking_losses import cosent_loss, infonce_loss, pairwise_logistic_loss, rg_loss, triplet_loss
+from embeddings.ranking_losses import (
+    cosent_loss,
+    infonce_loss,
+    pairwise_logistic_loss,
+    pooled_logistic_loss,
+    rg_loss,
+    triplet_loss,
+)
 from tests.graded_rows import random_rows, unpadded
 
 FORMATS = [[2, 1, 0], [2, 0], [1, 0], [2, 1], [1], [3, 1, 0]]
@@ -118,6 +125,36 @@ def test_a_row_without_two_grades_gives_zero_with_zero_gradient(loss, by_hand, g
 def test_matrices_of_two_shapes_are_refused(loss, by_hand):
     with pytest.raises(ValueError, match="pad grades with -1"):
         loss(torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.int8))
+
+
+def test_the_pooled_loss_compares_pairs_of_all_queries_and_counts_each_two_grades_alike():
+    similarity, grade = random_rows(FORMATS, seed=3)
+    rows = [pair for scores, grades in unpadded(similarity, grade) for pair in zip(scores, grades, strict=True)]
+    by_grades = {}
+    for high, g_high, low, g_low in out_of(*zip(*rows, strict=True)):
+        by_grades.setdefault((g_high, g_low), []).append(math.log(1 + math.exp(-20 * (high - low))))
+    assert len({len(losses) for losses in by_grades.values()}) > 1
+    expected = sum(sum(losses) / len(losses) for losses in by_grades.values()) / len(by_grades)
+
+    found = pooled_logistic_loss(similarity.flatten(), grade.flatten())
+
+    assert found.item() == pytest.approx(expected, rel=1e-9)
+    leaf = similarity.flatten().masked_fill(grade.flatten() < 0, math.nan).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda s: pooled_logistic_loss(s, grade.flatten()), (similarity.flatten().requires_grad_(),)
+    )
+    pooled_logistic_loss(leaf, grade.flatten()).backward()
+    assert leaf.grad.isfinite().all()
+
+
+def test_the_pooled_loss_of_one_grade_is_zero_with_zero_gradient():
+    leaf = torch.tensor([0.3, 0.9, 0.1], requires_grad=True)
+    value = pooled_logistic_loss(leaf, torch.tensor([1, 1, -1], dtype=torch.int8))
+    value.backward()
+    assert value.item() == 0
+    assert (leaf.grad == 0).all()
+    with pytest.raises(ValueError, match="one shape"):
+        pooled_logistic_loss(torch.zeros(3), torch.zeros(4, dtype=torch.int8))
 
 
 def test_infonce_of_one_positive_and_other_queries_products_is_multiple_negatives_ranking():

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import math
 from typing import get_args
@@ -207,7 +208,7 @@ def test_in_batch_negatives_hold_the_scale_down(build):
 
 
 # what reads other queries' products sees those of its own worker alone
-OWN_ONLY = LossRecipe(terms=tuple(t for t in EVERY_LOSS.terms if not t.in_batch and t.loss != "background"))
+OWN_ONLY = LossRecipe(terms=tuple(term for term in EVERY_LOSS.terms if not term.reads_others))
 
 
 @pytest.mark.parametrize("loss", [LossRecipe(), LossRecipe(terms=(LossTerm(loss="circle"),)), OWN_ONLY])
@@ -279,7 +280,11 @@ def one_process_group(tmp_path):
 DDP_RECIPES = {
     "paper": TrainRecipe(stage=1, max_steps=20, batch=BATCH, precision="fp32"),
     "every loss, in passes": TrainRecipe(
-        loss=EVERY_LOSS, max_steps=20, batch=BATCH, precision="fp32", texts_per_pass=3
+        loss=EVERY_LOSS,
+        max_steps=20,
+        batch=dataclasses.replace(BATCH, alike_queries=2),
+        precision="fp32",
+        texts_per_pass=3,
     ),
 }
 
