@@ -233,9 +233,10 @@ class TrainRecipe:
     ] = 0
     learning_rate: Annotated[float, meaning("peak rate of the pretrained weights", gt=0)] = 5e-5
     head_learning_rate: Annotated[float, meaning("peak rate of heads and temperature", gt=0)] = 2e-4
-    warmup_share: Annotated[float, meaning("share of the steps with a rising rate; then it falls to 0", ge=0, le=1)] = (
-        0.1
-    )
+    warmup_share: Annotated[float, meaning("share of the steps with a rising rate; then it falls", ge=0, le=1)] = 0.1
+    final_rate_share: Annotated[
+        float, meaning("share of the peak rate that it falls to; above 0 where another stage goes on", ge=0, le=1)
+    ] = 0.0
     weight_decay: Annotated[float, meaning("AdamW's decay of matrices", ge=0)] = 0.01
     pretrained_share: Annotated[
         float, meaning("share of the pretrained weights in the encoder that is validated and published", ge=0, lt=1)

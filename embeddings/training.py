@@ -352,7 +352,7 @@ class ContrastiveTrainer:
         return torch.optim.AdamW(_parameter_groups(self.tower, self.recipe), fused=True)
 
     def _set_learning_rate(self, step: int) -> float:
-        """The rate of the pretrained weights: linear rise, then linear fall, in each phase.
+        """The rate of the pretrained weights: linear rise, then linear fall, in each phase; the last may end above 0.
 
         Computed from the step, so there is no scheduler to save. Lexical steps have one rate for all weights.
         """
@@ -361,7 +361,8 @@ class ContrastiveTrainer:
         warmup = self.recipe.warmup_share * count
         rising = (place + 1) / max(warmup, 1)
         falling = (count - place) / max(count - warmup, 1)
-        factor = max(0.0, min(1.0, rising, falling))
+        least = 0.0 if is_lexical else self.recipe.final_rate_share
+        factor = max(0.0, min(1.0, rising, least + (1 - least) * falling))
         peak = self.recipe.lexical.learning_rate if is_lexical else self.recipe.learning_rate
         for group in self.optimizer.param_groups:
             group["lr"] = factor * (peak if is_lexical else group["peak"])

@@ -333,6 +333,12 @@ def test_metrics_of_a_step_are_those_of_the_drawn_texts(build):
     assert metrics["gradient_norm"] > 0
 
 
+def test_the_rate_may_end_above_zero_where_another_stage_goes_on(build):
+    recipe = TrainRecipe(max_steps=4, batch=BATCH, warmup_share=0.0, learning_rate=4e-5, final_rate_share=0.5)
+    rates = [metrics["learning_rate"] for metrics in run(build(recipe), 4)]
+    assert rates == pytest.approx([4e-5, 3.5e-5, 3e-5, 2.5e-5])
+
+
 def test_temperature_is_learned_by_supcon_only_and_stays_in_bounds(build):
     cold = LossRecipe(temperature=0.01)
     supcon = build(TrainRecipe(max_steps=5, batch=BATCH, loss=cold, head_learning_rate=1.0, warmup_share=0.0))
