@@ -98,9 +98,12 @@ def at_own_rates(graded: DataFrame, class_rate: DataFrame) -> DataFrame:
     return joined.withColumns(changed)
 
 
-def keep_by_band(mined: DataFrame) -> DataFrame:
-    """Mined pairs that teach: grade 0 near the top (hard negatives), 1 and 2 in the tail (hard positives)."""
-    is_hard_negative = (sf.col("band") == "top") & (sf.col("grade") == 0)
+def keep_by_band(mined: DataFrame, recipe: InstancesRecipe) -> DataFrame:
+    """Mined pairs that teach: grade 0 near the top (hard negatives), 1 and 2 in the tail (hard positives).
+
+    Grade 1 near the top is a hard negative beside exact products, if the recipe wants it.
+    """
+    is_hard_negative = (sf.col("band") == "top") & (sf.col("grade") <= int(recipe.keep_near_misses))
     is_hard_positive = (sf.col("band") == "tail") & (sf.col("grade") > 0)
     return mined.where(is_hard_negative | is_hard_positive)
 
@@ -114,7 +117,7 @@ def _ungraded(tables: Mapping[str, DataFrame], recipe: InstancesRecipe) -> list[
     if recipe.stage == 2 and "mined_pair" in tables:
         latest = sf.row_number().over(Window.partitionBy(*PAIR).orderBy(sf.desc("round"), "rank"))
         mined = tables["mined_pair"].withColumn("age", latest).where("age = 1").withColumn("source", sf.lit("mined"))
-        found.append(keep_by_band(_graded(mined, tables, recipe)))
+        found.append(keep_by_band(_graded(mined, tables, recipe), recipe))
     at_least = ((sf.col("p1") + sf.col("p2")).alias(AT_LEAST[0]), sf.col("p2").alias(AT_LEAST[1]))
     return [frame.select(*PAIR, "grade", "source", *at_least) for frame in found]
 

@@ -103,6 +103,10 @@ class InstancesRecipe:
     min_grade_probability: Annotated[
         float, meaning("labeller's grades less probable than this are left out", "0..1", ge=0, le=1)
     ] = 0.0
+    keep_near_misses: Annotated[
+        bool,
+        meaning("stage 2 keeps mined pairs of grade 1 near the top too, where the paper keeps grade 0 alone"),
+    ] = False
     max_products_per_query: Annotated[
         int, meaning("most products of an instance; human grades first, then by hash", "products", ge=2)
     ] = 256

@@ -112,7 +112,7 @@ def test_stage_2_keeps_mined_pairs_by_band_and_grade(spark):
         mined=[
             ("q1", "p2", 3, "top", 1),  # grade 0 near the top: kept
             ("q1", "p3", 90, "tail", 1),  # grade 0 in the tail: dropped
-            ("q1", "p4", 2, "top", 1),  # grade 1 near the top: dropped
+            ("q1", "p4", 2, "top", 1),  # grade 1 near the top: kept if near misses are
             ("q1", "p5", 80, "tail", 1),  # grade 2 in the tail: kept
             ("q1", "p6", 95, "tail", 1),  # human grade 0 in the tail: there already, stays
             ("q1", "p1", 99, "tail", 1),  # sampled before: an original pair, stays
@@ -121,7 +121,10 @@ def test_stage_2_keeps_mined_pairs_by_band_and_grade(spark):
     )
     first = [("p0", 2, "human"), ("p1", 0, "sampled"), ("p6", 0, "human")]
     assert built(tables, InstancesRecipe(stage=1)) == {"q1": first}
-    assert built(tables, InstancesRecipe(stage=2)) == {"q1": sorted([*first, ("p2", 0, "mined"), ("p5", 2, "mined")])}
+    mined = [("p2", 0, "mined"), ("p5", 2, "mined")]
+    assert built(tables, InstancesRecipe(stage=2)) == {"q1": sorted([*first, *mined])}
+    near = [*mined, ("p4", 1, "mined")]
+    assert built(tables, InstancesRecipe(stage=2, keep_near_misses=True)) == {"q1": sorted([*first, *near])}
 
 
 def test_a_full_instance_keeps_human_grades_first(spark):
