@@ -82,6 +82,12 @@ class Placement:
         bool, meaning("compile the backbone for training: a minute or two at the start, then steps are faster")
     ] = False
     max_failures: Annotated[int, meaning("restarts after a worker died", ge=0)] = 0
+    least_workers: Annotated[
+        int | None, meaning("workers to start and go on with while the cluster has no more nodes; null: all", ge=1)
+    ] = None
+    resize_every_sec: Annotated[
+        float, meaning("between looks for more nodes; a run then goes on from its newest checkpoint", "s", gt=0)
+    ] = 60.0
     trackers: Annotated[
         tuple[Kind, ...],
         meaning("who is told metrics of every step: tensorboard files in the lake, mlflow's server"),
@@ -144,6 +150,8 @@ def run(config: Config) -> RunRecord:
         threads_per_worker=config.placement.threads_per_worker,
         use_gpu=config.placement.use_gpu,
         max_failures=config.placement.max_failures,
+        least_workers=config.placement.least_workers,
+        resize_every_sec=config.placement.resize_every_sec,
     )
     record = current.finish(
         rows=len(instances),

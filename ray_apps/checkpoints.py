@@ -61,8 +61,9 @@ def fit(trainer: TorchTrainer, run_folder: Path) -> ray.train.Result:
 
 def set_ray_train_defaults() -> None:
     """Patience for busy machines, and no overhead of large clusters on a single one; values set outside stay."""
-    # a busy machine takes more than the default minute to start a process that imports torch
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
+    # a busy machine takes more than the default minute to start a process that imports torch; after the loss of a node
+    # it is what passes before fewer workers are tried
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
     if len(ray.nodes()) == 1:
         # a watcher of preempted nodes is a process more, and the controller looks at its workers every 2 s by default
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")

@@ -87,6 +87,8 @@ def train(
     threads_per_worker: int,
     use_gpu: bool,
     max_failures: int,
+    least_workers: int | None = None,
+    resize_every_sec: float = 60.0,
 ) -> dict[str, float]:
     """Trains and writes the best encoder to `out_folder`.
 
@@ -98,6 +100,10 @@ def train(
         threads_per_worker: CPUs and torch threads of each.
         use_gpu: one GPU per worker.
         max_failures: restarts from the newest checkpoint after a worker died.
+        least_workers: with how many it starts and goes on while the cluster has no room for all; None: only with all.
+            What a step holds does not hang on their number.
+        resize_every_sec: how often a run of fewer looks for nodes that came; it goes on from the newest checkpoint
+            then. Ray counts nodes, not what other work has taken of them.
 
     Returns:
         `validation_ndcg@10` of the published, `_start` and `_last` of the first and last model (where there are
@@ -107,7 +113,8 @@ def train(
     Raises:
         ValueError: training failed; the message names the first cause.
     """
-    check_resources(num_workers * threads_per_worker, num_workers * int(use_gpu))
+    least = num_workers if least_workers is None else min(least_workers, num_workers)
+    check_resources(least * threads_per_worker, least * int(use_gpu))
     has_validation = any((instance.grades > 0).any() for instance in task.validation)
     if not has_validation:
         log.warning("no validation query has a grade above 0; the last checkpoint is kept instead of the best")
@@ -123,7 +130,8 @@ def train(
             "run_folder": str(run_folder),
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=num_workers,
+            num_workers=num_workers if least == num_workers else (least, num_workers),
+            elastic_resize_monitor_interval_s=resize_every_sec,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": threads_per_worker, "GPU": int(use_gpu)},
         ),
