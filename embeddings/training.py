@@ -192,7 +192,9 @@ class ContrastiveTrainer:
 
     def _encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors of the untrained encoder, the first worker's on all: in another's last digits orders could differ."""
-        vectors = encode(self.model, texts, "query", bf16=self.bf16)
+        # compiling again for one pass would take longer than the pass
+        with torch.compiler.set_stance("force_eager"):
+            vectors = encode(self.model, texts, "query", bf16=self.bf16)
         if not torch.distributed.is_initialized():
             return vectors
         shared = torch.from_numpy(vectors).to(self.model.device)

@@ -337,6 +337,7 @@ def test_recipes_are_trained_at_one_budget_and_held_against_the_reference(chain)
         ),
         placement=compare_recipes.Placement(
             train=train_encoder.Placement(ray=RAY, threads_per_worker=1),
+            trainings_at_once=2,
             search=embed_catalog.SearchPlacement(embed=EMBED),
         ),
     )
