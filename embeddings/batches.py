@@ -186,8 +186,7 @@ class InstanceSampler:
         """The worker's instances of a step, drawn down to `max_products_per_query`.
 
         Over all steps every instance comes once per epoch, alike ones together where the recipe says so; a step may
-        span two epochs. Worker `rank` takes
-        every `world_size`-th instance of the step.
+        span two epochs. Worker `rank` takes every `world_size`-th instance of the step.
 
         Raises:
             ValueError: there are more workers than queries in a step.

@@ -79,6 +79,9 @@ class ComparisonRecipe:
     max_texts: Annotated[
         int, meaning("budget of a training: distinct texts of its steps, forward and backward", "texts", ge=1)
     ] = 54_000
+    dropout: Annotated[
+        float | None, meaning("of the backbone in all trainings; null leaves it to each recipe", ge=0, lt=1)
+    ] = None
     rate_factors: Annotated[
         tuple[float, ...],
         meaning("of a recipe's learning rates, tried with the first seed; the best by validation NDCG@10 is taken"),
@@ -154,9 +157,9 @@ def run(config: Config) -> RunRecord:
     tried = dict(zip(((one.name, factor) for one, factor, _ in first), _train(config, current, first), strict=True))
     factors = {one.name: _best_factor(recipe, one.name, tried) for one in recipe.recipes}
     others = [(one, factors[one.name], seed) for one in recipe.recipes for seed in recipe.seeds[1:]]
-    more = iter(_train(config, current, others))
+    more = dict(zip(((one.name, seed) for one, _, seed in others), _train(config, current, others), strict=True))
     chosen = {
-        name: (factor, [tried[name, factor], *(next(more) for _ in recipe.seeds[1:])])
+        name: (factor, [tried[name, factor], *(more[name, seed] for seed in recipe.seeds[1:])])
         for name, factor in factors.items()
     }
     judged = read_judged(current.lake, {name: int(current.inputs[name]) for name in READ}, "test")
@@ -195,28 +198,33 @@ def _train(config: Config, current: Run, work: Sequence[tuple[ComparedRecipe, fl
 
     records: list[list[RunRecord]] = [[] for _ in work]
     for depth in range(max((len(recipe.stages) for recipe, _, _ in work), default=0)):
-        wanted: dict[train_encoder.Config, list[list[RunRecord]]] = {}
-        for (recipe, factor, seed), done in zip(work, records, strict=True):
-            if depth < len(recipe.stages):
-                model = done[-1].outputs["encoder"] if done else ""
-                training = _stage_config(config, current, recipe, recipe.stages[depth], factor, seed, model)
-                wanted.setdefault(training, []).append(done)
-        found = side_by_side(
+        wanted = [
+            (done, _stage_config(config, current, recipe, recipe.stages[depth], factor, seed, _encoder(done)))
+            for (recipe, factor, seed), done in zip(work, records, strict=True)
+            if depth < len(recipe.stages)
+        ]
+        distinct = list(dict.fromkeys(training for _, training in wanted))
+        trained = side_by_side(
             partial(job.run_once, job="train_encoder", run=train_encoder.run),
-            list(wanted),
+            distinct,
             at_once=config.placement.trainings_at_once,
             ray_placement=config.placement.train.ray,
         )
-        for record, who in zip(found, wanted.values(), strict=True):
-            for done in who:
-                done.append(record)
+        found = dict(zip(distinct, trained, strict=True))
+        for done, training in wanted:
+            done.append(found[training])
     return [_trained(done) for done in records]
+
+
+def _encoder(stages: Sequence[RunRecord]) -> str:
+    """Folder of the encoder that the last stage left; empty before the first."""
+    return stages[-1].outputs["encoder"] if stages else ""
 
 
 def _trained(stages: Sequence[RunRecord]) -> Trained:
     """What the records of a recipe's stages say together."""
     return Trained(
-        encoder=stages[-1].outputs["encoder"],
+        encoder=_encoder(stages),
         pretrained=next(record.outputs["pretrained"] for record in stages if "pretrained" in record.outputs),
         score=stages[-1].metrics.get(SCORE),
         texts=sum(record.metrics["texts"] for record in stages),
@@ -238,6 +246,7 @@ def _stage_config(
         seed=seed,
         learning_rate=stage.train.learning_rate * factor,
         head_learning_rate=stage.train.head_learning_rate * factor,
+        dropout=stage.train.dropout if config.recipe.dropout is None else config.recipe.dropout,
         # the budget ends it, however many passes that is
         max_steps=MOST_STEPS,
         max_texts=round(config.recipe.max_texts * stage.share),

@@ -21,8 +21,8 @@ Kind = Literal["tensorboard", "mlflow"]
 FINGERPRINT_TAG = "assay.fingerprint"
 """Tag by which a resumed training finds its MLflow run."""
 _EVERY_SEC = 5.0
-_MOST = 1000
-"""Metrics that MLflow takes at once."""
+_MOST, _MOST_SETTINGS = 1000, 100
+"""Metrics and parameters that MLflow takes at once."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,8 @@ class _Mlflow:
             self._run_id = self._open(tracking)
 
     def _open(self, tracking: Tracking) -> str:
+        from mlflow.entities import Param
+
         client = self._client
         found = client.get_experiment_by_name(tracking.experiment)
         experiment = found.experiment_id if found else client.create_experiment(tracking.experiment)
@@ -124,8 +126,9 @@ class _Mlflow:
             client.update_run(known[0].info.run_id, status="RUNNING")
             return str(known[0].info.run_id)
         opened = client.create_run(experiment, tags={FINGERPRINT_TAG: tracking.name}, run_name=tracking.name)
-        for key, value in tracking.settings.items():
-            client.log_param(opened.info.run_id, key, value)
+        settings = [Param(key, str(value)) for key, value in tracking.settings.items()]
+        for start in range(0, len(settings), _MOST_SETTINGS):
+            client.log_batch(opened.info.run_id, params=settings[start : start + _MOST_SETTINGS])
         return str(opened.info.run_id)
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:

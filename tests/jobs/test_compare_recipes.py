@@ -118,6 +118,10 @@ def test_every_stage_gets_its_share_of_the_budget_and_the_trials_rate(lake):
     assert (found.inputs.model, found.inputs.mined_pair) == ("models/x", "")
     assert mnrl.stages == (ComparedStage(train=mnrl.stages[0].train),)
     assert not mnrl.stages[0].train.needs_contrast
+    for common, expected in ((None, 0.3), (0.0, 0.0), (0.2, 0.2)):
+        stage = dataclasses.replace(ours.stages[0], train=dataclasses.replace(ours.stages[0].train, dropout=0.3))
+        changed = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, dropout=common))
+        assert compare_recipes._stage_config(changed, current, ours, stage, 1.0, 0, "").recipe.train.dropout == expected
 
 
 def test_rows_are_means_over_seeds_with_what_the_reference_gains(lake):
