@@ -66,13 +66,11 @@ def set_dropout(model: nn.Module, rate: float) -> None:
                 setattr(module, name, rate)
 
 
-def compile_layers(model: nn.Module) -> None:
-    """Has the layers of a transformer compiled at their first call, all of them as one kind, for texts of any length.
-
-    The layers alone, since callers may pass the model's own call by, and one layer's code serves all.
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The layers of a transformer: the longest stack of modules of one kind.
 
     Raises:
-        ValueError: the model has no stack of like layers.
+        ValueError: the model has none.
     """
     stacks = [
         module
@@ -80,6 +78,14 @@ def compile_layers(model: nn.Module) -> None:
         if isinstance(module, nn.ModuleList) and len(module) > 1 and len(set(map(type, module))) == 1
     ]
     if not stacks:
-        raise ValueError(f"{type(model).__name__}: expected a stack of like layers to compile, found none")
-    for layer in max(stacks, key=len):
+        raise ValueError(f"{type(model).__name__}: expected a stack of like layers, found none")
+    return max(stacks, key=len)
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Has the layers of a transformer compiled at their first call, all of them as one kind, for texts of any length.
+
+    The layers alone, since callers may pass the model's own call by, and one layer's code serves all.
+    """
+    for layer in layers_of(model):
         layer.compile(dynamic=True)

@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -148,10 +148,10 @@ class InstanceSampler:
         seed: decides the order and the draws, together with epoch and key of the query.
         needs_contrast: False where products of other queries are the contrast of every loss: then an instance with any
             positive among what may be drawn counts.
-        encode: normalised vectors of queries, asked for once, where the recipe wants steps of alike queries.
+        encode: normalised vectors of queries, asked for once, here, where the recipe wants steps of alike queries.
 
     Raises:
-        ValueError: no instance has products of two grades.
+        ValueError: no instance has products of two grades, or alike queries are wanted and nothing encodes them.
     """
 
     def __init__(
@@ -178,7 +178,12 @@ class InstanceSampler:
             reason = "all products of one grade" if needs_contrast else "no product above grade 0"
             log.info("%d of %d instances left out: %s", left_out, len(instances), reason)
         self.instances = _enough_with_irrelevant(self.instances, recipe.share_with_irrelevant, seed)
-        self.recipe, self.seed, self._encode = recipe, seed, encode
+        self.recipe, self.seed, self._vectors = recipe, seed, None
+        if recipe.alike_queries > 1:
+            if encode is None:
+                raise ValueError(f"alike_queries={recipe.alike_queries}: expected an encoder of the queries, got none")
+            # not at the first step: a run that goes on from a checkpoint starts with another encoder by then
+            self._vectors = encode([instance.query for instance in self.instances])
         # two epochs meet in a step
         self._order = lru_cache(maxsize=2)(self._new_order)
 
@@ -204,15 +209,9 @@ class InstanceSampler:
     def _new_order(self, epoch: int) -> NDArray[np.int64]:
         """Places of the instances in the order of an epoch."""
         seed = stable_seed(self.seed, epoch, "order")
-        if self.recipe.alike_queries == 1:
+        if self._vectors is None:
             return np.random.default_rng(seed).permutation(len(self.instances))
         return alike_order(self._vectors, self.recipe.alike_queries, seed)
-
-    @cached_property
-    def _vectors(self) -> NDArray[np.float32]:
-        if self._encode is None:
-            raise ValueError(f"alike_queries={self.recipe.alike_queries}: expected an encoder of the queries, got none")
-        return self._encode([instance.query for instance in self.instances])
 
 
 def _enough_with_irrelevant(instances: list[Instance], share: float, seed: int) -> list[Instance]:

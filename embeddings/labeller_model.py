@@ -19,14 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
@@ -34,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from conf.load import fingerprint
 from embeddings.backbone import DROPOUT_NAMES, has_fast_bf16, resolve_model, trainable_attention
 from embeddings.batches import stable_seed
+from embeddings.full_state import is_sharded, optimizer_state_of, set_optimizer_state, set_weights, weights_of, whole
 from embeddings.labeller import (
     LabellerRecipe,
     PairEncoder,
@@ -47,9 +40,6 @@ from lake.schemas import Grade
 
 FIRST_TOKEN_FAMILY = ("bert", "roberta", "xlm-roberta", "electra")
 """Model types whose sequence classifiers read the first token, and call their parts alike."""
-
-_ALL_OF_IT: dict[str, Any] = {"full_state_dict": True, "cpu_offload": True}
-"""States as of one worker, on the processor and named by parameter, so that any number of workers goes on from them."""
 
 MAX_BATCH_TOKENS = 4096
 """Tokens of a batch when only probabilities are wanted, padding included; what all begin with counts once."""
@@ -240,7 +230,7 @@ class LabellerTrainer:
             total = total + self._preference_loss(logits_N3.float(), everyone, rows) * share
         # DDP takes the mean over workers; this makes it the mean over the step's pairs
         (total * self.world_size / len(everyone)).backward()  # type: ignore[no-untyped-call]
-        norm = float(_whole(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)))
+        norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)))
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"step {self.step}: the gradient is {norm}; lower learning_rate or use precision=fp32"
@@ -252,18 +242,15 @@ class LabellerTrainer:
     @property
     def is_sharded(self) -> bool:
         """Whether each worker holds a part of the weights."""
-        return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+        return is_sharded(self.model)
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of the trained parameters on the processor; of spread ones on the first worker alone."""
-        options = StateDictOptions(ignore_frozen_params=True, **_ALL_OF_IT)
-        found: dict[str, Any] = get_model_state_dict(self.model, options=options)
-        return {name: weight.clone() for name, weight in found.items()}
+        return weights_of(self.model, without_frozen=True)
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Puts parameters back that `weights` gave."""
-        options = StateDictOptions(broadcast_from_rank0=self.is_sharded, strict=False, **_ALL_OF_IT)
-        set_model_state_dict(self.model, dict(weights), options=options)
+        set_weights(self.model, weights, strict=False)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a trainer of the same recipe and data needs to go on."""
@@ -271,7 +258,7 @@ class LabellerTrainer:
             "identity": self._identity(),
             "step": self.step,
             "weights": self.weights(),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=StateDictOptions(**_ALL_OF_IT)),
+            "optimizer": optimizer_state_of(self.model, self.optimizer),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -285,8 +272,7 @@ class LabellerTrainer:
                 "labeller: the checkpoint is of another recipe or other pairs; start the run under another name"
             )
         self.set_weights(state["weights"])
-        options = StateDictOptions(broadcast_from_rank0=self.is_sharded, **_ALL_OF_IT)
-        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
+        set_optimizer_state(self.model, self.optimizer, state["optimizer"])
         self.step = state["step"]
 
     def _preference_loss(self, logits_N3: Tensor, everyone: list[int], rows: list[int]) -> Tensor:
@@ -315,10 +301,6 @@ class LabellerTrainer:
         warmup = self.recipe.warmup_share * self.num_steps
         rising, falling = (step + 1) / max(warmup, 1), (self.num_steps - step) / max(self.num_steps - warmup, 1)
         return max(0.0, min(1.0, rising, falling))
-
-
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def keep_bf16_between_layers(model: nn.Module) -> None:

@@ -238,6 +238,14 @@ class TrainRecipe:
         float, meaning("share of the peak rate that it falls to; above 0 where another stage goes on", ge=0, le=1)
     ] = 0.0
     weight_decay: Annotated[float, meaning("AdamW's decay of matrices", ge=0)] = 0.01
+    lora_rank: Annotated[
+        int,
+        meaning(
+            "inner width of low-rank adapters that are trained instead of the backbone, which wants a learning rate "
+            "some ten times higher; what is published has them merged; 0: all weights are trained",
+            ge=0,
+        ),
+    ] = 0
     pretrained_share: Annotated[
         float, meaning("share of the pretrained weights in the encoder that is validated and published", ge=0, lt=1)
     ] = 0.0

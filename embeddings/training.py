@@ -28,9 +28,11 @@ from sentence_transformers.sentence_transformer.modules import Router
 from torch import Tensor, nn
 
 from conf.load import fingerprint
+from embeddings.adapters import add_adapters, without_adapters
 from embeddings.backbone import compile_layers, has_fast_bf16, set_dropout, trainable_attention
 from embeddings.batches import Instance, InstanceSampler, StepBatch, collate, collate_part, stable_seed
 from embeddings.encoder import Side, encode, forward, tokenize
+from embeddings.full_state import is_sharded, optimizer_state_of, set_optimizer_state, set_weights, weights_of, whole
 from embeddings.gather import gather_vectors
 from embeddings.graded_loss import GradedLoss, OtherPairs, StepTargets
 from embeddings.gradient_cache import backward_in_passes
@@ -98,9 +100,12 @@ class ContrastiveTrainer:
         recipe: what to do.
         rank: of this worker.
         world_size: number of workers.
-        wrap: puts the module into DistributedDataParallel; the module as it is for a single worker.
+        wrap: puts the module into DistributedDataParallel, or spreads its encoder's weights over the workers (FSDP2);
+            the module as it is for a single worker. Where weights are spread, all workers call each method together.
         catalog: products for the lexical steps, as `lexical.sample_catalog` gives them; not used without any.
         compiled: fuses the backbone's small operations (torch.compile): a minute or two at the first step, then fast.
+        recomputed: keeps what goes into a layer alone and computes the rest again for the gradient (gradient
+            checkpointing): less memory, about a third more time, the same gradient.
 
     Raises:
         ValueError: no instance has a contrast, or there are lexical steps and hardly any products.
@@ -108,6 +113,7 @@ class ContrastiveTrainer:
     Attributes:
         step: the next one.
         num_texts: texts through the encoder so far, on all workers, as if each had as many as this one.
+        is_sharded: whether this worker holds a part of the encoder's weights.
 
     Example:
         >>> trainer = ContrastiveTrainer(build_encoder(EncoderRecipe()), instances, TrainRecipe())
@@ -123,11 +129,18 @@ class ContrastiveTrainer:
         *,
         rank: int = 0,
         world_size: int = 1,
-        wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+        wrap: Callable[[TwoTower], nn.Module] = lambda tower: tower,
         catalog: Sequence[CatalogText] = (),
         compiled: bool = False,
+        recomputed: bool = False,
     ) -> None:
         self.model, self.recipe, self.rank, self.world_size = model, recipe, rank, world_size
+        if recipe.lora_rank:
+            add_adapters(model, recipe.lora_rank, seed=recipe.seed)
+        if recomputed:
+            # what is computed again must be computed by the same kernel
+            again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), trainable_attention(model.device))}
+            model.gradient_checkpointing_enable(again)
         if recipe.dropout is not None:
             set_dropout(model, recipe.dropout)
         if compiled:
@@ -146,7 +159,9 @@ class ContrastiveTrainer:
         self.tower = TwoTower(model, recipe)
         self._parallel = wrap(self.tower)
         reads_others = any(term.reads_others for term in recipe.terms)
-        self._gathers = reads_others and isinstance(self._parallel, nn.parallel.DistributedDataParallel)
+        self.is_sharded = is_sharded(self.tower)
+        is_parallel = self.is_sharded or isinstance(self._parallel, nn.parallel.DistributedDataParallel)
+        self._gathers = reads_others and is_parallel
         self.optimizer = self._new_optimizer()
 
     def train_step(self, step: int) -> dict[str, float]:
@@ -171,7 +186,7 @@ class ContrastiveTrainer:
             rate = self._set_learning_rate(step)
             self.optimizer.zero_grad(set_to_none=True)
             metrics = self._backward(step)
-            norm = float(nn.utils.clip_grad_norm_(self.tower.parameters(), self.recipe.gradient_clip))
+            norm = self._clip_gradient()
             if not math.isfinite(norm):
                 raise FloatingPointError(
                     f"step {step}: the gradient is {norm}; lower learning_rate or set precision=fp32"
@@ -189,6 +204,25 @@ class ContrastiveTrainer:
         batch = self._batch(step)
         vectors = self._vectors(tokenize(self.model, batch.query_texts, "query"), batch.document_texts)
         return self._graded_loss(batch, *vectors)
+
+    def published(self, blank: Callable[[], SentenceTransformer]) -> SentenceTransformer | None:
+        """The encoder as it is validated and saved: whole and without adapters.
+
+        Where weights are spread all workers ask, and the first one alone gets it.
+
+        Args:
+            blank: builds an encoder like the trainer's own was before training; asked where weights are spread.
+        """
+        if not self.is_sharded:
+            return without_adapters(self.model)
+        weights = weights_of(self.model)
+        if self.rank:
+            return None
+        model = blank()
+        if self.recipe.lora_rank:
+            add_adapters(model, self.recipe.lora_rank, seed=self.recipe.seed)
+        model.load_state_dict(weights)
+        return without_adapters(model)
 
     def _encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors of the untrained encoder, the first worker's on all: in another's last digits orders could differ."""
@@ -246,8 +280,8 @@ class ContrastiveTrainer:
             "recipe": fingerprint(self.recipe),
             "step": self.step,
             "num_texts": self.num_texts,
-            "tower": self.tower.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "tower": weights_of(self.tower),
+            "optimizer": optimizer_state_of(self.tower, self.optimizer),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -261,8 +295,8 @@ class ContrastiveTrainer:
                 f"checkpoint: expected one of recipe {own}, got one of {state['recipe']}; "
                 "start this run in another folder"
             )
-        self.tower.load_state_dict(state["tower"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        set_weights(self.tower, state["tower"])
+        set_optimizer_state(self.tower, self.optimizer, state["optimizer"])
         self.step, self.num_texts = state["step"], state["num_texts"]
 
     def _backward(self, step: int) -> dict[str, float]:
@@ -273,7 +307,7 @@ class ContrastiveTrainer:
             return metrics
         batch = self._batch(step)
         queries, documents = (
-            by_length(texts, self.recipe.texts_per_pass) for texts in (batch.query_texts, batch.document_texts)
+            self._groups(texts, self.recipe.texts_per_pass) for texts in (batch.query_texts, batch.document_texts)
         )
         # the last pass holds both kinds, so that it touches both heads
         parts: list[tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]] = [
@@ -285,7 +319,7 @@ class ContrastiveTrainer:
 
         def loss_of(query_UD: Tensor, document_UD: Tensor) -> Tensor:
             orders = ([*groups[1:], groups[0]] for groups in (queries, documents))
-            back = [torch.from_numpy(np.argsort(np.concatenate(order))).to(query_UD.device) for order in orders]
+            back = [_places(order).to(query_UD.device) for order in orders]
             loss, metrics = self._graded_loss(batch, query_UD[back[0]], document_UD[back[1]])
             measured.update(metrics)
             return loss
@@ -342,13 +376,44 @@ class ContrastiveTrainer:
 
     def _vectors(self, query_features: Mapping[str, Any], document_texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Vectors of the queries and of the documents, in their order."""
-        groups = by_length(document_texts, TEXTS_PER_GROUP[self.model.device.type == "cuda"])
+        groups = self._groups(document_texts, TEXTS_PER_GROUP[self.model.device.type == "cuda"])
         with self._computing():
             query_UD, grouped_UD = self._parallel(
                 [query_features],
                 [tokenize(self.model, _at(document_texts, group), "document") for group in groups],
             )
-        return query_UD, grouped_UD[torch.from_numpy(np.argsort(np.concatenate(groups))).to(query_UD.device)]
+        return query_UD, grouped_UD[_places(groups).to(query_UD.device)]
+
+    def _groups(self, texts: Sequence[str], size: int) -> list[NDArray[np.int64]]:
+        """The texts' places by length, at most `size` in a group.
+
+        Where weights are spread, as many groups as the worker with most has: each takes part in every pass of another.
+        """
+        groups = by_length(texts, size)
+        if not self.is_sharded:
+            return groups
+        most = torch.tensor(len(groups), device=self.model.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        if len(texts) >= int(most):
+            return np.array_split(np.concatenate(groups), int(most))
+        # a text more than once: its first vector counts
+        return [*(np.array([place]) for place in np.concatenate(groups)), *[groups[0][:1]] * (int(most) - len(texts))]
+
+    def _clip_gradient(self) -> float:
+        """Shortens the step's gradient to the recipe's length; returns the length before."""
+        learned, spread = list(self.tower.loss.parameters()), list(self.model.parameters())
+        if not self.is_sharded:
+            return float(nn.utils.clip_grad_norm_([*spread, *learned], self.recipe.gradient_clip))
+        # what the losses learn is whole on every worker, and nobody else has taken its mean
+        gradients = _gradients(learned)
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient)
+            gradient /= self.world_size
+        norms = [nn.utils.get_total_norm(gradients), nn.utils.get_total_norm(_gradients(spread))]
+        norm = torch.stack([whole(part) for part in norms]).norm()
+        for parameters in (learned, spread):
+            nn.utils.clip_grads_with_norm_(parameters, self.recipe.gradient_clip, norm)
+        return float(norm)
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(_parameter_groups(self.tower, self.recipe), fused=True)
@@ -410,6 +475,15 @@ def by_length(texts: Sequence[str], size: int) -> list[NDArray[np.int64]]:
     """Positions of the texts in groups of at most `size`, shortest first, so that little of a group is padding."""
     order = np.array(sorted(range(len(texts)), key=lambda place: (len(texts[place]), place)), dtype=np.int64)
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _places(groups: Sequence[NDArray[np.int64]]) -> Tensor:
+    """Where each text's vector is found among those of the groups, first ones first."""
+    return torch.from_numpy(np.unique(np.concatenate(groups), return_index=True)[1])
+
+
+def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def _at(texts: Sequence[str], places: NDArray[np.int64]) -> list[str]:

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -81,6 +81,13 @@ class Placement:
     compiled: Annotated[
         bool, meaning("compile the backbone for training: a minute or two at the start, then steps are faster")
     ] = False
+    sharding: Annotated[
+        Literal["none", "fsdp"],
+        meaning("fsdp: weights, gradients and optimiser states in parts on the workers, for a large backbone"),
+    ] = "none"
+    gradient_checkpointing: Annotated[
+        bool, meaning("compute layers again for the gradient: less memory, about a third more time")
+    ] = False
     max_failures: Annotated[int, meaning("restarts after a worker died", ge=0)] = 0
     least_workers: Annotated[
         int | None, meaning("workers to start and go on with while the cluster has no more nodes; null: all", ge=1)
@@ -133,6 +140,8 @@ def run(config: Config) -> RunRecord:
         fingerprint=current.fingerprint,
         catalog=_lexical_sample(products, config.recipe.train),
         compiled=config.placement.compiled,
+        recomputed=config.placement.gradient_checkpointing,
+        sharding=config.placement.sharding,
         tracking=Tracking(
             config.placement.trackers,
             folder=lake.path("tensorboard", current.fingerprint),

@@ -7,6 +7,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from embeddings.backbone import layers_of
+
 
 def shard(model: nn.Module, device_type: str) -> nn.Module:
     """The model, whose weights, gradients and optimiser states each worker holds a part of (FSDP2); changed in place.
@@ -18,9 +20,7 @@ def shard(model: nn.Module, device_type: str) -> nn.Module:
         device_type: where the parts go, as "cuda".
     """
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
-    # transformer layers stand in the longest list of modules, whatever the family calls it
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    for layer in max(lists, key=len, default=nn.ModuleList()):
+    for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model

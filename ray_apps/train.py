@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.train
@@ -52,6 +52,8 @@ class TrainTask:
         fingerprint: of the run; goes into the card.
         catalog: products for the lexical steps, a sample of the catalogue; empty where the recipe has none.
         compiled: whether the backbone is compiled for training.
+        recomputed: whether layers are computed again for the gradient.
+        sharding: whether several workers hold all weights each (none) or a part of them (fsdp).
         tracking: where metrics of steps and validations go.
     """
 
@@ -65,6 +67,8 @@ class TrainTask:
     fingerprint: str
     catalog: Sequence[CatalogText] = ()
     compiled: bool = False
+    recomputed: bool = False
+    sharding: Literal["none", "fsdp"] = "none"
     tracking: Tracking = NOBODY
 
     @property

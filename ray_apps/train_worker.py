@@ -10,15 +10,17 @@ from pathlib import Path
 import ray.train
 import ray.train.torch
 import torch
+from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from embeddings.encoder import build_encoder, build_pretrained, interpolate, load_encoder, save_encoder
 from embeddings.recipes import EncoderRecipe
 from embeddings.text import TextRecipe
-from embeddings.training import ContrastiveTrainer
+from embeddings.training import ContrastiveTrainer, TwoTower
 from embeddings.validation import build_validation, validation_ndcg
 from lake.progress import write_progress
 from ray_apps.checkpoints import prepare_determinism
+from ray_apps.sharding import shard
 from ray_apps.tracking import NOBODY, Tracker, trackers
 from ray_apps.train import ENCODER_FOLDER, SCORE, TrainTask
 
@@ -46,12 +48,8 @@ class TrainWorker:
         self.device = ray.train.torch.get_device()
         if self.rank == 0 and task.pretrained:
             save_pretrained(task.encoder, task.text, task.pretrained)
-        if task.start:
-            model, _ = load_encoder(task.start, device=str(self.device))
-        else:
-            model = build_encoder(task.encoder, device=str(self.device))
         self.trainer = ContrastiveTrainer(
-            model,
+            self._blank(),
             task.instances,
             task.recipe,
             rank=self.rank,
@@ -59,6 +57,7 @@ class TrainWorker:
             wrap=self._wrap,
             catalog=task.catalog,
             compiled=task.compiled,
+            recomputed=task.recomputed,
         )
         # only the first worker publishes; off the device, which needs it at no step
         self.pretrained = build_encoder(task.encoder) if self.rank == 0 and task.recipe.pretrained_share else None
@@ -68,11 +67,21 @@ class TrainWorker:
         self.first_step, self.num_texts = 0, 0.0
         self.trackers: Sequence[Tracker] = ()
 
-    def _wrap(self, module: nn.Module) -> nn.Module:
+    def _blank(self) -> SentenceTransformer:
+        """The encoder that the run starts from."""
+        if self.task.start:
+            return load_encoder(self.task.start, device=str(self.device))[0]
+        return build_encoder(self.task.encoder, device=str(self.device))
+
+    def _wrap(self, tower: TwoTower) -> nn.Module:
         if self.num_workers == 1:
-            return module
+            return tower
+        if self.task.sharding == "fsdp":
+            # the few numbers that losses learn stay whole
+            shard(tower.encoder, self.device.type)
+            return tower
         return nn.parallel.DistributedDataParallel(
-            module, device_ids=[self.device] if self.device.type == "cuda" else None
+            tower, device_ids=[self.device] if self.device.type == "cuda" else None
         )
 
     def resume(self) -> None:
@@ -111,13 +120,17 @@ class TrainWorker:
 
     def report(self, metrics: Mapping[str, float], *, is_measured: bool) -> None:
         """Hands a checkpoint to Ray; every worker takes part, the first one writes."""
+        # where weights are spread, no worker has them without the others
+        takes_part = self.rank == 0 or self.trainer.is_sharded
+        encoder = self.trainer.published(self._blank) if is_measured and takes_part else None
+        state = self.trainer.state_dict() if takes_part else {}
         if self.rank > 0:
             ray.train.report({}, checkpoint=None)
             return
-        encoder, score = self.trainer.model, _NOT_MEASURED
-        if is_measured and self.pretrained is not None and self.trainer.step:
+        score = _NOT_MEASURED
+        if encoder is not None and self.pretrained is not None and self.trainer.step:
             encoder = interpolate(encoder, self.pretrained, self.task.recipe.pretrained_share)
-        if is_measured and self.validation:
+        if encoder is not None and self.validation:
             # what is compiled is compiled for training: again for a few validations would take longer than they do
             with torch.compiler.set_stance("force_eager"):
                 score = validation_ndcg(encoder, self.validation, bf16=self.trainer.bf16)
@@ -126,8 +139,8 @@ class TrainWorker:
             self.start = score
             score = score if self.task.recipe.stage == 1 else _NOT_MEASURED
         with tempfile.TemporaryDirectory(prefix="assay-checkpoint-") as place:
-            torch.save({"trainer": self.trainer.state_dict(), "start": self.start}, Path(place, _STATE_FILE))
-            if is_measured:
+            torch.save({"trainer": state, "start": self.start}, Path(place, _STATE_FILE))
+            if encoder is not None:
                 save_encoder(encoder, Path(place, ENCODER_FOLDER), self.task.card)
             told = {**metrics, SCORE: score, "start": self.start, "step": self.trainer.step}
             told |= {"texts": self.trainer.num_texts, "workers": self.num_workers}

@@ -14,6 +14,7 @@ from embeddings.lexical import CatalogText
 from embeddings.recipes import LexicalRecipe, LossName, LossRecipe, LossTerm
 from embeddings.training import ContrastiveTrainer, TrainRecipe, by_length, plan_steps, use_bf16
 from embeddings.validation import build_validation, validation_ndcg
+from ray_apps.sharding import shard
 from tests.tiny_models import tiny_bert_folder
 
 WORDS = ["lamp", "hose", "shoe", "drill", "sofa", "kettle", "paint", "rug"]
@@ -286,28 +287,47 @@ DDP_RECIPES = {
         precision="fp32",
         texts_per_pass=3,
     ),
+    "adapters": TrainRecipe(
+        loss=LossRecipe(terms=(IN_BATCH,)),
+        max_steps=20,
+        batch=BATCH,
+        lora_rank=4,
+        learning_rate=1e-3,
+        precision="fp32",
+    ),
 }
 
 
+def spread(tower):
+    shard(tower.encoder, "cpu")
+    return tower
+
+
+PARALLEL = {"ddp": torch.nn.parallel.DistributedDataParallel, "fsdp": spread}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", PARALLEL)
 @pytest.mark.parametrize("name", DDP_RECIPES)
-def test_two_ddp_processes_train_like_one(folders, tmp_path, name):
+def test_two_processes_train_like_one(folders, tmp_path, name, parallel):
     """Two gloo processes, 20 steps in fp32; losses and weights equal those of one process. 20 to 60 s."""
-    torch.multiprocessing.spawn(_ddp_worker, args=(folders[0.0], str(tmp_path), name), nprocs=2)
-    alone = ContrastiveTrainer(build_encoder(EncoderRecipe(model=folders[0.0])), toy_instances(), DDP_RECIPES[name])
+    torch.multiprocessing.spawn(_ddp_worker, args=(folders[0.0], str(tmp_path), name, parallel), nprocs=2)
+    model = build_encoder(EncoderRecipe(model=folders[0.0]))
+    alone = ContrastiveTrainer(model, toy_instances(), DDP_RECIPES[name], catalog=CATALOG)
     history = run(alone, 20)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     for step, metrics in enumerate(history):
         both = np.mean([rank["losses"][step] for rank in (first, second)])
         assert both == pytest.approx(metrics["loss"], rel=1e-5), step
     for key, expected in parameters(alone).items():
-        assert torch.equal(first["tower"][key], second["tower"][key]), key
+        if parallel == "ddp":
+            assert torch.equal(first["own"][key], second["own"][key]), key
         # a softmax is blind to a bias of its keys: that gradient is rounding alone, which Adam scales to whole steps
         if not key.endswith("key.bias"):
             torch.testing.assert_close(first["tower"][key], expected, atol=1e-5, rtol=0, msg=key)
 
 
-def _ddp_worker(rank, model, place, name):
+def _ddp_worker(rank, model, place, name, parallel):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{place}/store", rank=rank, world_size=2)
     trainer = ContrastiveTrainer(
@@ -316,10 +336,12 @@ def _ddp_worker(rank, model, place, name):
         DDP_RECIPES[name],
         rank=rank,
         world_size=2,
-        wrap=torch.nn.parallel.DistributedDataParallel,
+        catalog=CATALOG,
+        wrap=PARALLEL[parallel],
     )
     losses = [metrics["loss"] for metrics in run(trainer, 20)]
-    torch.save({**trainer.state_dict(), "losses": losses}, f"{place}/rank{rank}.pt")
+    own = parameters(trainer) if parallel == "ddp" else {}
+    torch.save({**trainer.state_dict(), "losses": losses, "own": own}, f"{place}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -472,3 +494,39 @@ def test_a_compiled_backbone_trains_alike_and_is_copied_as_the_plain_one(build):
         assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
     mixed = interpolate(compiled.model, plain.model, 0.5)
     assert set(mixed.state_dict()) == set(plain.model.state_dict())
+
+
+@pytest.mark.parametrize(("texts_per_pass", "dropout"), [(0, 0.0), (0, 0.1), (5, 0.1)])
+def test_layers_computed_again_have_the_same_gradient(build, texts_per_pass, dropout):
+    recipe = TrainRecipe(max_steps=4, batch=BATCH, deterministic=True, texts_per_pass=texts_per_pass)
+    plain, again = build(recipe, dropout), build(recipe, dropout, recomputed=True)
+    assert run(plain, 4) == run(again, 4)
+    left, right = parameters(plain), parameters(again)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_adapters_alone_are_trained_and_merged_in_what_is_published(build):
+    trainer = build(TrainRecipe(max_steps=6, batch=BATCH, lora_rank=4, learning_rate=1e-2, head_learning_rate=1e-2))
+    before = parameters(trainer)
+    losses = [metrics["loss"] for metrics in run(trainer, 6)]
+    assert losses[-1] < losses[0]
+    changed = {name for name, value in parameters(trainer).items() if not torch.equal(value, before[name])}
+    assert any("lora_A" in name for name in changed)
+    assert not any("base_layer" in name or "embeddings" in name for name in changed)
+    published = trainer.published(lambda: None)
+    assert not any("lora" in name for name in published.state_dict())
+    np.testing.assert_allclose(encode(published, QUERIES, "query"), encode(trainer.model, QUERIES, "query"), atol=1e-5)
+
+
+def test_alike_queries_stand_where_they_stood_when_a_run_goes_on(build):
+    recipe = TrainRecipe(
+        max_steps=12,
+        batch=dataclasses.replace(BATCH, alike_queries=4),
+        deterministic=True,
+        learning_rate=1e-2,
+    )
+    whole, cut, resumed = build(recipe), build(recipe), build(recipe)
+    expected = run(whole, 12)
+    run(cut, 6)
+    resumed.load_state_dict(cut.state_dict())
+    assert run(resumed, 6) == expected[6:]

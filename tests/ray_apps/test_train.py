@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from embeddings.batches import BatchRecipe, Instance
@@ -107,6 +108,25 @@ def test_two_workers_learn_what_one_learns(ray_cluster, tmp_path):
     assert again == one
     drop_checkpoints(str(tmp_path / "runs"), "one")
     assert not (tmp_path / "runs" / "one").exists()
+
+
+def test_weights_spread_over_two_workers_are_published_whole_and_without_adapters(ray_cluster, tmp_path):
+    bert = tiny_bert_folder(tmp_path / "bert", dropout=0.0)
+    recipe = dataclasses.replace(RECIPE, max_steps=8, learning_rate=1e-3, lora_rank=4, publish_best=False)
+    one = run_training(tmp_path, make_task(bert, "one", recipe))
+    task = dataclasses.replace(make_task(bert, "two", recipe), sharding="fsdp", recomputed=True)
+    two = run_training(tmp_path, task, num_workers=2)
+    assert two["published_step"] == 8
+    assert two["validation_ndcg@10_last"] == pytest.approx(one["validation_ndcg@10_last"], abs=1e-3)
+    left, right, before = (
+        weights(tmp_path / "one"),
+        weights(tmp_path / "two"),
+        build_encoder(task.encoder).state_dict(),
+    )
+    assert left.keys() == right.keys() == before.keys()
+    compared = without_key_biases(left)
+    assert farthest(left, right, compared) < 1e-4
+    assert farthest(left, before, compared) > 1e-3
 
 
 def test_the_last_step_is_published_where_validation_may_not_choose(ray_cluster, tmp_path):
