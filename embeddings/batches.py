@@ -50,6 +50,15 @@ class BatchRecipe:
             "least share of the instances that hold grade 0; others are left out by chance to reach it", ge=0, le=1
         ),
     ] = 0.0
+    curriculum_epochs: Annotated[
+        float,
+        meaning(
+            "over which grade 1 comes in where a query has 2 and 0 as well: at first those two alone, ever more often "
+            "all three; 0: all three from the start",
+            "epochs",
+            ge=0,
+        ),
+    ] = 0.0
     alike_queries: Annotated[
         int,
         meaning(
@@ -191,7 +200,8 @@ class InstanceSampler:
         """The worker's instances of a step, drawn down to `max_products_per_query`.
 
         Over all steps every instance comes once per epoch, alike ones together where the recipe says so; a step may
-        span two epochs. Worker `rank` takes every `world_size`-th instance of the step.
+        span two epochs. In a curriculum the first ones lack their grade 1. Worker `rank` takes every `world_size`-th
+        instance of the step.
 
         Raises:
             ValueError: there are more workers than queries in a step.
@@ -203,7 +213,11 @@ class InstanceSampler:
         for sample in range(step * size + rank, (step + 1) * size, world_size):
             epoch, place = divmod(sample, count)
             instance = self.instances[self._order(epoch)[place]]
-            drawn.append(draw_products(instance, self.recipe, stable_seed(self.seed, epoch, *instance.key)))
+            seed = stable_seed(self.seed, epoch, *instance.key)
+            if sample < self.recipe.curriculum_epochs * count:
+                is_easy = np.random.default_rng([seed, 1]).random() >= sample / (self.recipe.curriculum_epochs * count)
+                instance = _without_middle(instance) if is_easy else instance
+            drawn.append(draw_products(instance, self.recipe, seed))
         return drawn
 
     def _new_order(self, epoch: int) -> NDArray[np.int64]:
@@ -251,12 +265,26 @@ def draw_products(instance: Instance, recipe: BatchRecipe, seed: int) -> Instanc
     order = np.lexsort((np.arange(len(grades)), place >= quota, rank_in_grade > 0))
     if most is not None:
         order = order[rank_in_grade[order] < np.array(most)[grades[order]]]
-    chosen = np.sort(shuffled[order[:limit]])
-    rest = np.setdiff1d(shuffled, chosen)
-    products = instance.products
-    drawn, left_out = [products[i] for i in chosen], [*instance.left_out, *(products[i] for i in rest)]
-    shares = None if instance.shares is None else instance.shares[chosen]
-    return Instance(instance.key, instance.query, drawn, instance.grades[chosen], shares, left_out)
+    return _part_of(instance, np.sort(shuffled[order[:limit]]))
+
+
+def _without_middle(instance: Instance) -> Instance:
+    """The instance without its grade 1 where grades 2 and 0 are left, which are easier to tell apart."""
+    if not {0, 1, 2} <= set(instance.grades.tolist()):
+        return instance
+    return _part_of(instance, np.flatnonzero(instance.grades != 1))
+
+
+def _part_of(instance: Instance, chosen: NDArray[np.int64]) -> Instance:
+    """The instance with the products of these places alone; the others count as left out."""
+    rest, products = np.setdiff1d(np.arange(len(instance.products)), chosen), instance.products
+    return dataclasses.replace(
+        instance,
+        products=[products[place] for place in chosen],
+        grades=instance.grades[chosen],
+        shares=None if instance.shares is None else instance.shares[chosen],
+        left_out=[*instance.left_out, *(products[place] for place in rest)],
+    )
 
 
 def _drawable(grade_P: NDArray[np.int8], recipe: BatchRecipe) -> NDArray[np.int8]:

@@ -138,7 +138,9 @@ class GradedLoss(nn.Module):
         if others is not None:
             cosine_N = torch.cat([cosine_N, (others.query_MD * others.document_MD).sum(dim=1)])
             grade_N = torch.cat([grade_N, others.grade_M])
-        return len(grade_QP) * pooled_logistic_loss(cosine_N, grade_N, scale=self.recipe.order_scale)
+        return len(grade_QP) * pooled_logistic_loss(
+            cosine_N, grade_N, scale=self.recipe.order_scale, focus=self.recipe.order_focus
+        )
 
     def _of_term(
         self,
@@ -163,7 +165,9 @@ class GradedLoss(nn.Module):
             case "cosent":
                 return cosent_loss(cosine_QP, grade_QP, scale=recipe.order_scale, reduction="sum")
             case "pairwise_logistic":
-                return pairwise_logistic_loss(cosine_QP, grade_QP, scale=recipe.order_scale, reduction="sum")
+                return pairwise_logistic_loss(
+                    cosine_QP, grade_QP, scale=recipe.order_scale, focus=recipe.order_focus, reduction="sum"
+                )
             case "pooled_logistic":
                 return self._pooled(cosine_QP, grade_QP, others)
             case "triplet":

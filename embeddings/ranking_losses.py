@@ -19,6 +19,9 @@ from torch.nn.functional import softplus
 
 from embeddings.losses import Reduction, at_least_float32, check_shapes, masked_logsumexp, over_queries
 
+_LEAST_WEIGHT = 1e-6
+"""Below it the mean weight of comparisons is not scaled up to 1: all of them are in order."""
+
 
 def infonce_loss(
     similarity_QP: Tensor, grade_QP: Tensor, temperature: Tensor, *, reduction: Reduction = "mean"
@@ -117,14 +120,18 @@ def triplet_loss(
 
 
 def pairwise_logistic_loss(
-    similarity_QP: Tensor, grade_QP: Tensor, *, scale: float = 20.0, reduction: Reduction = "mean"
+    similarity_QP: Tensor, grade_QP: Tensor, *, scale: float = 20.0, focus: float = 0.0, reduction: Reduction = "mean"
 ) -> Tensor:
     """Log loss of the order of each two products of different grades, the logit being `scale` times the lead.
+
+    With a focus, a pair weighs by (1 - p)^focus, p being the probability that the logit gives to its right order, so
+    that pairs which are in order by far do not dominate; the weights of a query's pairs have mean 1 and no gradient.
 
     Args:
         similarity_QP: cosine similarities; padding may hold anything.
         grade_QP: int8 grades; -1 masks a pair out.
         scale: inverse temperature.
+        focus: exponent of the weights; 0: all pairs weigh alike.
         reduction: "mean" or "sum" over queries of the mean over a query's pairs.
 
     Returns:
@@ -133,13 +140,20 @@ def pairwise_logistic_loss(
     Raises:
         ValueError: the two matrices differ in shape.
 
-    Cites: Burges et al. 2005, "Learning to rank using gradient descent" (RankNet).
+    Cites: Burges et al. 2005, "Learning to rank using gradient descent" (RankNet); Lin et al. 2017 (arXiv 1708.02002).
     """
     lead_QPP, gap_QPP = _leads(similarity_QP, grade_QP)
-    return _over_pairs(softplus(-scale * lead_QPP), gap_QPP > 0, reduction)
+    is_pair_QPP = gap_QPP > 0
+    loss_QPP = softplus(-scale * lead_QPP)
+    if focus:
+        weight_QPP = torch.sigmoid(-scale * lead_QPP.detach()).pow(focus) * is_pair_QPP
+        count_Q = is_pair_QPP.sum(dim=(1, 2)).clamp(min=1)
+        mean_Q = (weight_QPP.sum(dim=(1, 2)) / count_Q).clamp(min=_LEAST_WEIGHT)
+        loss_QPP = loss_QPP * weight_QPP / mean_Q[:, None, None]
+    return _over_pairs(loss_QPP, is_pair_QPP, reduction)
 
 
-def pooled_logistic_loss(similarity_N: Tensor, grade_N: Tensor, *, scale: float = 20.0) -> Tensor:
+def pooled_logistic_loss(similarity_N: Tensor, grade_N: Tensor, *, scale: float = 20.0, focus: float = 0.0) -> Tensor:
     """Log loss of the order of each two pairs of different grades, whichever their queries are.
 
     The mean over each two grades counts alike, however rare one is: a smooth bound on one minus the mean AUC between
@@ -150,6 +164,7 @@ def pooled_logistic_loss(similarity_N: Tensor, grade_N: Tensor, *, scale: float 
         similarity_N: cosine similarities of all pairs; padding may hold anything.
         grade_N: int8 grades; -1 masks a pair out.
         scale: inverse temperature.
+        focus: as in `pairwise_logistic_loss`, the weights having mean 1 over the comparisons of two grades.
 
     Returns:
         Scalar, differentiable; 0 with zero gradient if all pairs have one grade.
@@ -162,7 +177,11 @@ def pooled_logistic_loss(similarity_N: Tensor, grade_N: Tensor, *, scale: float 
     check_shapes(similarity_N[None], grade_N[None])
     score_N = at_least_float32(similarity_N).masked_fill(grade_N < 0, 0.0)
     scores = [score_N[grade_N == grade] for grade in torch.unique(grade_N).tolist() if grade >= 0]
-    losses = [softplus(scale * (low[None] - high[:, None])).mean() for low, high in combinations(scores, 2)]
+    losses = []
+    for low, high in combinations(scores, 2):
+        lag = scale * (low[None] - high[:, None])
+        weight = torch.sigmoid(lag.detach()).pow(focus)
+        losses.append((softplus(lag) * weight).mean() / weight.mean().clamp(min=_LEAST_WEIGHT))
     return torch.stack(losses).mean() if losses else 0.0 * score_N.sum()
 
 

@@ -179,6 +179,10 @@ class LossRecipe:
     order_scale: Annotated[
         float, meaning("of cosent, pairwise_logistic and pooled_logistic, inverse temperature", gt=0)
     ] = 20.0
+    order_focus: Annotated[
+        float,
+        meaning("of pairwise_logistic and pooled_logistic: above 0 pairs far in order weigh less; 0: all alike", ge=0),
+    ] = 0.0
     triplet_margin: Annotated[float, meaning("lead for one grade", "cosine", ge=0, le=1)] = 0.1
     rg_temperature: Annotated[float, meaning("of rg2 and rgx, fixed", gt=0)] = 0.2
     teacher_spread: Annotated[float, meaning("margin_mse: between a sure 2 and a sure 0", "cosine", gt=0, le=2)] = 0.5

@@ -61,6 +61,24 @@ def test_more_workers_than_queries_are_refused():
         InstanceSampler(INSTANCES, BatchRecipe(queries_per_step=2), seed=0).step_instances(0, 0, 3)
 
 
+def test_a_curriculum_brings_grade_1_in_over_its_epochs():
+    instances = [instance(number, [2, 1, 0]) for number in range(40)] + [instance(99, [2, 1])]
+    recipe = BatchRecipe(queries_per_step=41, curriculum_epochs=2)
+    sampler = InstanceSampler(instances, recipe, seed=0)
+    with_middle = []
+    for epoch in range(3):
+        drawn = sampler.step_instances(epoch, 0, 1)
+        # what has no grade 0 keeps its grade 1, and nothing that is left out counts as ungraded
+        assert all(set(each.grades) == {1, 2} for each in drawn if each.key[1] == "99")
+        assert all({2, 0} <= set(each.grades) for each in drawn if each.key[1] != "99")
+        assert all(len(each.products) + len(each.left_out) == 3 for each in drawn if each.key[1] != "99")
+        with_middle.append(sum(1 in each.grades for each in drawn) - 1)
+    assert 2 < with_middle[0] < 20 < with_middle[1] < 38
+    assert with_middle[2] == 40
+    again = InstanceSampler(instances, recipe, seed=0).step_instances(1, 0, 1)
+    assert [each.products for each in again] == [each.products for each in sampler.step_instances(1, 0, 1)]
+
+
 def test_alike_queries_stand_together_in_every_epoch():
     instances = [instance(number, [2, 0], query=f"{word} {number}") for number, word in enumerate("abcd" * 5)]
     asked = []

@@ -147,6 +147,36 @@ def test_the_pooled_loss_compares_pairs_of_all_queries_and_counts_each_two_grade
     assert leaf.grad.isfinite().all()
 
 
+def test_a_focus_weighs_comparisons_that_are_far_in_order_less():
+    similarity, grade = random_rows(FORMATS, seed=5)
+
+    def focused(comparisons, focus):
+        lags = [-20 * (high - low) for high, _, low, _ in comparisons]
+        weights = [(1 / (1 + math.exp(-lag))) ** focus for lag in lags]
+        return sum(w * math.log(1 + math.exp(lag)) for w, lag in zip(weights, lags, strict=True)) / sum(weights)
+
+    rows = [list(out_of(*row)) for row in unpadded(similarity, grade)]
+    expected = [focused(row, 2.0) for row in rows if row]
+    found = pairwise_logistic_loss(similarity, grade, focus=2.0)
+    assert found.item() == pytest.approx(sum(expected) / len(expected), rel=1e-9)
+    assert found > pairwise_logistic_loss(similarity, grade)
+
+    pairs = [pair for scores, grades in unpadded(similarity, grade) for pair in zip(scores, grades, strict=True)]
+    by_grades = {}
+    for comparison in out_of(*zip(*pairs, strict=True)):
+        by_grades.setdefault((comparison[1], comparison[3]), []).append(comparison)
+    expected = [focused(comparisons, 2.0) for comparisons in by_grades.values()]
+    found = pooled_logistic_loss(similarity.flatten(), grade.flatten(), focus=2.0)
+    assert found.item() == pytest.approx(sum(expected) / len(expected), rel=1e-9)
+
+
+def test_a_focus_on_rows_in_perfect_order_stays_finite():
+    leaf = torch.tensor([[40.0, -40.0]], requires_grad=True)
+    grade = torch.tensor([[2, 0]], dtype=torch.int8)
+    (pairwise_logistic_loss(leaf, grade, focus=3.0) + pooled_logistic_loss(leaf[0], grade[0], focus=3.0)).backward()
+    assert leaf.grad.isfinite().all()
+
+
 def test_the_pooled_loss_of_one_grade_is_zero_with_zero_gradient():
     leaf = torch.tensor([0.3, 0.9, 0.1], requires_grad=True)
     value = pooled_logistic_loss(leaf, torch.tensor([1, 1, -1], dtype=torch.int8))
