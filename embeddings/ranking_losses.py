@@ -153,6 +153,25 @@ def pairwise_logistic_loss(
     return _over_pairs(loss_QPP, is_pair_QPP, reduction)
 
 
+@torch.no_grad()
+def loss_by_grades(similarity_QP: Tensor, grade_QP: Tensor, *, scale: float = 20.0) -> dict[tuple[int, int], float]:
+    """Mean of `pairwise_logistic_loss` over all comparisons of each two grades, the higher one first; to be watched.
+
+    Args:
+        similarity_QP: cosine similarities; padding may hold anything.
+        grade_QP: int8 grades; -1 masks a pair out.
+        scale: inverse temperature.
+    """
+    lead_QPP, gap_QPP = _leads(similarity_QP, grade_QP)
+    loss_QPP = softplus(-scale * lead_QPP)
+    found, grades = {}, [grade for grade in torch.unique(grade_QP).tolist() if grade >= 0]
+    for low, high in combinations(grades, 2):
+        is_pair_QPP = (gap_QPP > 0) & (grade_QP == high)[:, :, None] & (grade_QP == low)[:, None, :]
+        if is_pair_QPP.any():
+            found[high, low] = loss_QPP[is_pair_QPP].mean().item()
+    return found
+
+
 def pooled_logistic_loss(similarity_N: Tensor, grade_N: Tensor, *, scale: float = 20.0, focus: float = 0.0) -> Tensor:
     """Log loss of the order of each two pairs of different grades, whichever their queries are.
 

@@ -38,6 +38,7 @@ from embeddings.graded_loss import GradedLoss, OtherPairs, StepTargets
 from embeddings.gradient_cache import backward_in_passes
 from embeddings.lexical import CatalogText, LexicalSampler
 from embeddings.losses import lexical_loss
+from embeddings.ranking_losses import loss_by_grades
 from embeddings.recipes import TrainRecipe as TrainRecipe
 
 TEXTS_PER_GROUP = {False: 128, True: 1024}
@@ -169,7 +170,9 @@ class ContrastiveTrainer:
 
         Returns:
             This worker's `loss` (mean per query), `num_texts` and in graded steps `similarity_grade_0..2`
-            (mean cosine of the grades present), and the common `gradient_norm`, `temperature` and `learning_rate`.
+            (mean cosine of the grades present) and `order_loss_2v1` and the like (logistic loss of the order of each
+            two grades under a query, whatever is minimised), and the common `gradient_norm`, `temperature` and
+            `learning_rate`.
 
         Raises:
             ValueError: not the step that comes next.
@@ -271,7 +274,7 @@ class ContrastiveTrainer:
             **({f"loss_{name}": part.item() / num_queries for name, part in parts.items()} if len(parts) > 1 else {}),
             "temperature": self.tower.loss.temperature.item(),
             "num_texts": float(len(batch.query_texts) + len(batch.document_texts)),
-            **_similarity_by_grade(cosine_QP.detach(), targets.grade_QP),
+            **_by_grade(cosine_QP.detach(), targets.grade_QP),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -506,12 +509,15 @@ def _parameter_groups(tower: TwoTower, recipe: TrainRecipe) -> list[dict[str, An
     ]
 
 
-def _similarity_by_grade(similarity_QP: Tensor, grade_QP: Tensor) -> dict[str, float]:
-    return {
+def _by_grade(similarity_QP: Tensor, grade_QP: Tensor) -> dict[str, float]:
+    """Mean cosine of each grade, and how well each two are in order."""
+    means = {
         f"similarity_grade_{grade}": similarity_QP[grade_QP == grade].mean().item()
         for grade in range(3)
         if (grade_QP == grade).any()
     }
+    losses = loss_by_grades(similarity_QP, grade_QP)
+    return means | {f"order_loss_{high}v{low}": loss for (high, low), loss in losses.items()}
 
 
 @contextmanager

@@ -161,11 +161,15 @@ class TrainWorker:
         self.told = time.monotonic()
         seconds, last = self.told - self.began, self.trainer.num_steps
         left = seconds / (done - self.first_step) * (last - done)
-        cosines = " ".join(
-            f"{metrics[name]:.2f}" if (name := f"similarity_grade_{grade}") in metrics else "-" for grade in (2, 1, 0)
-        )
+        cosines = _line(metrics, *(f"similarity_grade_{grade}" for grade in (2, 1, 0)))
+        orders = _line(metrics, *(f"order_loss_{pair}" for pair in ("2v1", "1v0", "2v0")))
         note = (
             f"steps, loss {metrics['loss']:.3f}, gradient {metrics['gradient_norm']:.2f}, cosines of 2 1 0: {cosines}, "
-            f"{rate:.0f} texts/s, {left:.0f} s left"
+            f"order loss of 2v1 1v0 2v0: {orders}, {rate:.0f} texts/s, {left:.0f} s left"
         )
         write_progress(self.run_folder, done=done, total=last, note=note)
+
+
+def _line(metrics: Mapping[str, float], *names: str) -> str:
+    """Values side by side, a dash where a step has none."""
+    return " ".join(f"{metrics[name]:.2f}" if name in metrics else "-" for name in names)

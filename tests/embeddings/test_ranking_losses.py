@@ -9,6 +9,7 @@ from embeddings.graded_loss import with_in_batch
 from embeddings.ranking_losses import (
     cosent_loss,
     infonce_loss,
+    loss_by_grades,
     pairwise_logistic_loss,
     pooled_logistic_loss,
     rg_loss,
@@ -145,6 +146,17 @@ def test_the_pooled_loss_compares_pairs_of_all_queries_and_counts_each_two_grade
     )
     pooled_logistic_loss(leaf, grade.flatten()).backward()
     assert leaf.grad.isfinite().all()
+
+
+def test_the_order_loss_of_each_two_grades_is_that_of_their_comparisons():
+    similarity, grade = random_rows(FORMATS, seed=6)
+    by_grades = {}
+    for row in unpadded(similarity, grade):
+        for high, g_high, low, g_low in out_of(*row):
+            by_grades.setdefault((g_high, g_low), []).append(math.log(1 + math.exp(-20 * (high - low))))
+    found = loss_by_grades(similarity.masked_fill(grade < 0, math.nan), grade)
+    assert found == pytest.approx({key: sum(losses) / len(losses) for key, losses in by_grades.items()}, rel=1e-6)
+    assert {(2, 1), (1, 0)} <= found.keys()
 
 
 def test_a_focus_weighs_comparisons_that_are_far_in_order_less():
