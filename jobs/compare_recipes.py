@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any
@@ -197,22 +198,30 @@ def _train(config: Config, current: Run, work: Sequence[tuple[ComparedRecipe, fl
     from ray_apps.side_by_side import side_by_side
 
     records: list[list[RunRecord]] = [[] for _ in work]
-    for depth in range(max((len(recipe.stages) for recipe, _, _ in work), default=0)):
-        wanted = [
-            (done, _stage_config(config, current, recipe, recipe.stages[depth], factor, seed, _encoder(done)))
-            for (recipe, factor, seed), done in zip(work, records, strict=True)
-            if depth < len(recipe.stages)
-        ]
-        distinct = list(dict.fromkeys(training for _, training in wanted))
-        trained = side_by_side(
-            partial(job.run_once, job="train_encoder", run=train_encoder.run),
-            distinct,
-            at_once=config.placement.trainings_at_once,
-            ray_placement=config.placement.train.ray,
-        )
-        found = dict(zip(distinct, trained, strict=True))
-        for done, training in wanted:
-            done.append(found[training])
+    wanted_by: dict[train_encoder.Config, list[int]] = defaultdict(list)
+
+    def next_stages(places: Iterable[int]) -> list[train_encoder.Config]:
+        found = []
+        for place in places:
+            (recipe, factor, seed), done = work[place], records[place]
+            if len(done) < len(recipe.stages):
+                stage = recipe.stages[len(done)]
+                found.append(_stage_config(config, current, recipe, stage, factor, seed, _encoder(done)))
+                wanted_by[found[-1]].append(place)
+        return list(dict.fromkeys(found))
+
+    def then(training: train_encoder.Config, record: RunRecord) -> list[train_encoder.Config]:
+        for place in wanted_by[training]:
+            records[place].append(record)
+        return next_stages(wanted_by[training])
+
+    side_by_side(
+        partial(job.run_once, job="train_encoder", run=train_encoder.run),
+        next_stages(range(len(work))),
+        at_once=config.placement.trainings_at_once,
+        ray_placement=config.placement.train.ray,
+        then=then,
+    )
     return [_trained(done) for done in records]
 
 

@@ -78,11 +78,11 @@ def test_a_stage_that_recipes_have_in_common_is_trained_once(lake, monkeypatch):
 
     found = compare_recipes._train(config, current, [(recipe, 1.0, 0) for recipe in recipes])
 
-    assert [training.inputs.model for training in asked] == ["", "", "encoder 1", "encoder 1"]
+    assert [training.inputs.model for training in asked] == ["", "encoder 1", "encoder 1", ""]
     assert found == [
+        Trained("encoder 2", "start", 0.2, 20.0, 4.0),
         Trained("encoder 3", "start", 0.3, 20.0, 4.0),
-        Trained("encoder 4", "start", 0.4, 20.0, 4.0),
-        Trained("encoder 2", "start", 0.2, 10.0, 2.0),
+        Trained("encoder 4", "start", 0.4, 10.0, 2.0),
     ]
 
 

@@ -37,6 +37,20 @@ def test_several_run_elsewhere_and_come_back_in_order(ray_cluster):
     assert os.getpid() not in {process for _, process in found}
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_what_follows_goes_before_what_waits(ray_cluster, at_once):
+    told = []
+
+    def then(given, found):
+        told.append(found[0])
+        return [given + 0.1] if given in (0.0, 0.1) else []
+
+    found = side_by_side(place, [0.0, 3.0, 0.02], at_once=at_once, ray_placement=HERE, then=then)
+
+    assert [delay for delay, _ in found] == [0.0, 3.0, 0.02]
+    assert told == ([0.0, 0.1, 0.2, 3.0, 0.02] if at_once == 1 else [0.0, 0.1, 0.2, 0.02, 3.0])
+
+
 def test_a_failure_is_raised_as_itself_and_ends_the_others(ray_cluster, tmp_path):
     note = tmp_path / "pid"
 
