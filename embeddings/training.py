@@ -13,11 +13,10 @@ Q queries, P products of a query (padded), U distinct texts, D width of a vector
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,8 @@ from embeddings.full_state import is_sharded, optimizer_state_of, set_optimizer_
 from embeddings.gather import gather_vectors
 from embeddings.graded_loss import GradedLoss, OtherPairs, StepTargets
 from embeddings.gradient_cache import backward_in_passes
-from embeddings.lexical import CatalogText, LexicalSampler
+from embeddings.lexical import CatalogText
+from embeddings.lexical_teacher import LexicalTeacher
 from embeddings.losses import lexical_loss
 from embeddings.ranking_losses import loss_by_grades
 from embeddings.recipes import TrainRecipe as TrainRecipe
@@ -154,7 +154,7 @@ class ContrastiveTrainer:
         self.num_graded = plan_steps(recipe, self.sampler)
         self.num_steps = self.num_lexical + self.num_graded
         self._teacher = (
-            _LexicalTeacher(model, catalog, recipe, world_size=world_size, bf16=self.bf16) if self.num_lexical else None
+            LexicalTeacher(model, catalog, recipe, world_size=world_size, bf16=self.bf16) if self.num_lexical else None
         )
         self.step, self.num_texts = 0, 0.0
         self.tower = TwoTower(model, recipe)
@@ -437,41 +437,6 @@ class ContrastiveTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = factor * (peak if is_lexical else group["peak"])
         return factor * peak
-
-
-class _LexicalTeacher:
-    """The encoder before training, with the catalogue's vectors by it."""
-
-    def __init__(
-        self,
-        model: SentenceTransformer,
-        catalog: Sequence[CatalogText],
-        recipe: TrainRecipe,
-        *,
-        world_size: int,
-        bf16: bool,
-    ) -> None:
-        least = max(2, world_size)
-        if len(catalog) < least:
-            raise ValueError(
-                f"lexical.steps={recipe.lexical.steps}: expected at least {least} products with distinct texts and "
-                f"words in their titles, got {len(catalog)}; give a larger catalogue, or set it to 0"
-            )
-        self.model, self.catalog, self.recipe, self.bf16 = copy.deepcopy(model), catalog, recipe, bf16
-
-    @cached_property
-    def sampler(self) -> LexicalSampler:
-        """Made at the first lexical step: a run that resumes after the last one needs no vectors."""
-        texts = [product.text for product in self.catalog]
-        vectors = encode(self.model, texts, "document", bf16=self.bf16)
-        return LexicalSampler(self.catalog, vectors, self.recipe.lexical, self.recipe.seed)
-
-    def cosines(self, query_features: Mapping[str, Any], rows: NDArray[np.int64]) -> Tensor:
-        """Of the queries with the catalogue's products, [Q, U], without gradient."""
-        device = self.model.device
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            query_QD = forward(self.model, query_features, "query")
-        return query_QD @ torch.from_numpy(self.sampler.vectors[rows]).to(device).T
 
 
 def by_length(texts: Sequence[str], size: int) -> list[NDArray[np.int64]]:
