@@ -12,6 +12,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from sentence_transformers import SentenceTransformer
 
+from embeddings.encoder import transformers_of
+
 
 def add_adapters(model: SentenceTransformer, rank: int, *, seed: int) -> None:
     """Freezes the backbone and puts an adapter beside each of its linear layers; heads stay trainable.
@@ -27,7 +29,8 @@ def add_adapters(model: SentenceTransformer, rank: int, *, seed: int) -> None:
         torch.manual_seed(seed)
         # a pooler is behind no vector of ours
         adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=r".*pooler.*")
-        inject_adapter_in_model(adapters, model.transformers_model)
+        for transformer in dict.fromkeys(transformers_of(model).values()):
+            inject_adapter_in_model(adapters, transformer.model)
 
 
 def without_adapters(model: SentenceTransformer) -> SentenceTransformer:
@@ -42,5 +45,6 @@ def without_adapters(model: SentenceTransformer) -> SentenceTransformer:
             setattr(merged.get_submodule(parent), own, module.get_base_layer())
     for parameter in merged.parameters():
         parameter.requires_grad_(True)
-    del merged.transformers_model.peft_config
+    for transformer in dict.fromkeys(transformers_of(merged).values()):
+        del transformer.model.peft_config
     return merged

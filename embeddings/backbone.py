@@ -66,11 +66,11 @@ def set_dropout(model: nn.Module, rate: float) -> None:
                 setattr(module, name, rate)
 
 
-def layers_of(model: nn.Module) -> nn.ModuleList:
-    """The layers of a transformer: the longest stack of modules of one kind.
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a transformer: its longest stack of modules of one kind, and where it has two backbones both's.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: the model has no such stack.
     """
     stacks = [
         module
@@ -79,7 +79,9 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     ]
     if not stacks:
         raise ValueError(f"{type(model).__name__}: expected a stack of like layers, found none")
-    return max(stacks, key=len)
+    longest = max(stacks, key=len)
+    like = [stack for stack in stacks if len(stack) == len(longest) and type(stack[0]) is type(longest[0])]
+    return [layer for stack in like for layer in stack]
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -1,7 +1,8 @@
-"""The tied encoder with a query head and a document head, as one sentence-transformers folder.
+"""The encoder of queries and products, as one sentence-transformers folder.
 
-Transformer -> Pooling -> Router(query head | document head) -> Normalize. The heads start as the identity, so
-an untrained encoder gives the pretrained vectors. `encode_query` and `encode_document` of
+Tied: Transformer -> Pooling -> Router(query head | document head) -> Normalize. Untied, each side has a Transformer of
+its own: Router(Transformer -> Pooling -> head | the same) -> Normalize. The heads start as the identity, so an
+untrained encoder gives the pretrained vectors. `encode_query` and `encode_document` of
 `SentenceTransformer(folder)` give the trained ones, prefixes and token limits included, in every server that
 reads such folders.
 
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Router
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Router, Transformer
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.utils import logging as transformers_logging
@@ -37,19 +38,25 @@ from embeddings.recipes import read_card as read_card
 from embeddings.text import TextRecipe
 
 Side = Literal["query", "document"]
+SIDES: tuple[Side, Side] = ("query", "document")
 
 
 def build_encoder(recipe: EncoderRecipe, *, device: str = "cpu") -> SentenceTransformer:
     """The pretrained encoder with a head per side, float32; a model that has heads already keeps them.
 
     A head is a bias-free linear map that starts as the identity (its first `projection_width` rows), so each
-    vector is the pretrained one, cut to the width and normalised.
+    vector is the pretrained one, cut to the width and normalised. Untied sides start from the same weights.
 
     Raises:
-        ConfigError: the model cannot be found, or `projection_width` exceeds the model's.
+        ConfigError: the model cannot be found, `projection_width` exceeds the model's, or heads are tied already.
     """
     modules = _pretrained_modules(recipe, device)
-    if not any(isinstance(module, Router) for module in modules):
+    has_heads = any(isinstance(module, Router) for module in modules)
+    if has_heads and not recipe.tied and not isinstance(modules[0], Router):
+        raise ConfigError(
+            f"encoder.tied=false: {recipe.model} has heads on one backbone; give the model that it came from"
+        )
+    if not has_heads:
         model_width = modules[-1].get_embedding_dimension()
         width = recipe.projection_width or model_width
         if width > model_width:
@@ -57,7 +64,12 @@ def build_encoder(recipe: EncoderRecipe, *, device: str = "cpu") -> SentenceTran
                 f"encoder.projection_width: expected at most the {model_width} dimensions of {recipe.model}, "
                 f"got {width}; lower it, or give 0 to keep them all"
             )
-        modules.append(Router.for_query_document([_head(model_width, width)], [_head(model_width, width)]))
+        heads = _head(model_width, width), _head(model_width, width)
+        if recipe.tied:
+            modules.append(Router.for_query_document(*([head] for head in heads)))
+        else:
+            sides = modules, copy.deepcopy(modules)
+            modules = [Router.for_query_document(*([*side, head] for side, head in zip(sides, heads, strict=True)))]
     return _assemble([*modules, Normalize()], recipe, device)
 
 
@@ -126,6 +138,17 @@ def interpolate(model: SentenceTransformer, pretrained: SentenceTransformer, sha
     return mixed
 
 
+def transformers_of(model: SentenceTransformer) -> dict[Side, Transformer]:
+    """The module that each side's tokens go through first; one and the same where the sides are tied."""
+    first = model[0]
+    return {side: first.sub_modules[side][0] if isinstance(first, Router) else first for side in SIDES}
+
+
+def max_tokens(model: SentenceTransformer, side: Side) -> int:
+    """Tokens after which a text of this side is cut."""
+    return int(getattr(transformers_of(model)[side], f"{side}_length", None) or model.max_seq_length or 512)
+
+
 def encode(
     model: SentenceTransformer,
     texts: Sequence[str],
@@ -166,8 +189,7 @@ def token_batches(
     model: SentenceTransformer, texts: Sequence[str], side: Side, *, batch_tokens: int = 4096
 ) -> Iterator[dict[str, Any]]:
     """Token tensors of runs of texts, which come longest first, whose padded size stays within the tokens."""
-    own = getattr(model[0], f"{side}_length", None)
-    limit, start = int(own or model.max_seq_length or 512), 0
+    limit, start = max_tokens(model, side), 0
     while start < len(texts):
         # three characters per token is on the safe side for European languages
         width = min(limit, len(texts[start]) // 3 + 3)
@@ -232,10 +254,12 @@ def _head(model_width: int, width: int) -> Dense:
 
 
 def _assemble(modules: list[Any], recipe: EncoderRecipe, device: str) -> SentenceTransformer:
-    transformer = modules[0]
-    limit = transformer.max_seq_length or recipe.max_document_tokens
-    transformer.query_length = min(recipe.max_query_tokens, limit)
-    transformer.document_length = min(recipe.max_document_tokens, limit)
-    transformer.max_seq_length = max(transformer.query_length, transformer.document_length)
     prompts = {"query": recipe.query_prefix, "document": recipe.document_prefix}
-    return SentenceTransformer(modules=modules, prompts=prompts, device=device, similarity_fn_name="cosine")
+    model = SentenceTransformer(modules=modules, prompts=prompts, device=device, similarity_fn_name="cosine")
+    for transformer in transformers_of(model).values():
+        limit = transformer.max_seq_length or recipe.max_document_tokens
+        transformer.query_length = min(recipe.max_query_tokens, limit)
+        transformer.document_length = min(recipe.max_document_tokens, limit)
+    for transformer in transformers_of(model).values():
+        transformer.max_seq_length = max(transformer.query_length, transformer.document_length)
+    return model

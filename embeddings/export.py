@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from embeddings.encoder import load_encoder, read_card
+from embeddings.encoder import SIDES, load_encoder, max_tokens, read_card
 from embeddings.text import CATEGORY_SEPARATOR, TextRecipe
 
 
@@ -32,7 +32,7 @@ def export_encoder(
     model, text = load_encoder(source)
     card = read_card(source)
     shown = metrics if metrics is not None else card.get("metrics", {})
-    limits = {side: getattr(model[0], f"{side}_length", None) or model.max_seq_length for side in ("query", "document")}
+    limits: dict[str, int] = {side: max_tokens(model, side) for side in SIDES}
     readme = _readme(
         text,
         stage=str(card.get("stage", "pretrained")),

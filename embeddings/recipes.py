@@ -29,6 +29,9 @@ class EncoderRecipe:
         Literal["auto", "mean", "cls", "lasttoken"],
         meaning("tokens to vector; auto takes the model's own, else mean"),
     ] = "auto"
+    tied: Annotated[
+        bool, meaning("one backbone for queries and products; false: one each, which start from the same weights")
+    ] = True
     projection_width: Annotated[int, meaning("width of a vector; 0 keeps the model's", "dimensions", ge=0)] = 0
     max_query_tokens: Annotated[int, meaning("longer queries are cut", "tokens", ge=4)] = 32
     max_document_tokens: Annotated[int, meaning("longer product texts are cut", "tokens", ge=4)] = 96

@@ -5,6 +5,7 @@ from sentence_transformers import SentenceTransformer
 
 from conf.load import ConfigError
 from embeddings.encoder import (
+    SIDES,
     EncoderRecipe,
     build_encoder,
     build_pretrained,
@@ -13,6 +14,7 @@ from embeddings.encoder import (
     load_encoder,
     read_card,
     save_encoder,
+    transformers_of,
 )
 from embeddings.text import TextRecipe
 from tests.tiny_models import tiny_bert_folder
@@ -25,10 +27,11 @@ def folder(tmp_path_factory):
     return str(tiny_bert_folder(tmp_path_factory.mktemp("models") / "bert"))
 
 
-@pytest.fixture(scope="module")
-def recipe(folder):
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def recipe(folder, request):
     return EncoderRecipe(
         model=folder,
+        tied=request.param,
         query_prefix="query: ",
         document_prefix="passage: ",
         max_query_tokens=8,
@@ -48,6 +51,24 @@ def test_identity_heads_give_the_pretrained_vectors(recipe):
     with_heads, plain = build_encoder(recipe), build_pretrained(recipe)
     for side in ("query", "document"):
         np.testing.assert_allclose(encode(with_heads, TEXTS, side), encode(plain, TEXTS, side), atol=1e-6)
+
+
+def test_untied_sides_start_alike_and_share_no_weight(folder, tmp_path):
+    model = build_encoder(EncoderRecipe(model=folder, tied=False))
+    query, document = (transformers_of(model)[side] for side in SIDES)
+    assert query is not document
+    with torch.no_grad():
+        for parameter in query.parameters():
+            parameter.mul_(1.5)
+    plain = build_pretrained(EncoderRecipe(model=folder))
+    np.testing.assert_allclose(encode(model, TEXTS, "document"), encode(plain, TEXTS, "document"), atol=1e-6)
+    assert np.abs(encode(model, TEXTS, "query") - encode(plain, TEXTS, "query")).max() > 1e-2
+    tied = build_encoder(EncoderRecipe(model=folder))
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (model, tied, query)]
+    assert sizes[0] == sizes[1] + sizes[2]
+    save_encoder(tied, tmp_path / "tied", {"text": TextRecipe()})
+    with pytest.raises(ConfigError, match="has heads on one backbone"):
+        build_encoder(EncoderRecipe(model=str(tmp_path / "tied"), tied=False))
 
 
 def test_a_narrow_projection_is_the_normalised_head_of_the_vector(folder):

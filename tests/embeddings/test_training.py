@@ -287,7 +287,7 @@ DDP_RECIPES = {
         precision="fp32",
         texts_per_pass=3,
     ),
-    "adapters": TrainRecipe(
+    "untied, adapters": TrainRecipe(
         loss=LossRecipe(terms=(IN_BATCH,)),
         max_steps=20,
         batch=BATCH,
@@ -312,7 +312,7 @@ PARALLEL = {"ddp": torch.nn.parallel.DistributedDataParallel, "fsdp": spread}
 def test_two_processes_train_like_one(folders, tmp_path, name, parallel):
     """Two gloo processes, 20 steps in fp32; losses and weights equal those of one process. 20 to 60 s."""
     torch.multiprocessing.spawn(_ddp_worker, args=(folders[0.0], str(tmp_path), name, parallel), nprocs=2)
-    model = build_encoder(EncoderRecipe(model=folders[0.0]))
+    model = build_encoder(EncoderRecipe(model=folders[0.0], tied="untied" not in name))
     alone = ContrastiveTrainer(model, toy_instances(), DDP_RECIPES[name], catalog=CATALOG)
     history = run(alone, 20)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
@@ -331,7 +331,7 @@ def _ddp_worker(rank, model, place, name, parallel):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{place}/store", rank=rank, world_size=2)
     trainer = ContrastiveTrainer(
-        build_encoder(EncoderRecipe(model=model)),
+        build_encoder(EncoderRecipe(model=model, tied="untied" not in name)),
         toy_instances(),
         DDP_RECIPES[name],
         rank=rank,
@@ -516,6 +516,28 @@ def test_adapters_alone_are_trained_and_merged_in_what_is_published(build):
     published = trainer.published(lambda: None)
     assert not any("lora" in name for name in published.state_dict())
     np.testing.assert_allclose(encode(published, QUERIES, "query"), encode(trainer.model, QUERIES, "query"), atol=1e-5)
+
+
+def test_untied_sides_learn_apart_and_resume_bit_equal(folders):
+    def untied():
+        model = build_encoder(EncoderRecipe(model=folders[0.1], tied=False))
+        return ContrastiveTrainer(model, toy_instances(), recipe, recomputed=True)
+
+    recipe = TrainRecipe(max_steps=6, batch=BATCH, deterministic=True, head_learning_rate=5e-3, learning_rate=1e-3)
+    whole, cut, resumed = untied(), untied(), untied()
+    groups = {group["peak"]: group["params"] for group in whole.optimizer.param_groups if group["weight_decay"]}
+    assert len(groups[5e-3]) == 2
+    before = parameters(whole)
+    expected = run(whole, 6)
+    run(cut, 3)
+    resumed.load_state_dict(cut.state_dict())
+    assert run(resumed, 3) == expected[3:]
+    after = parameters(whole)
+    moved = {name: after[name] - before[name] for name in after if "word_embeddings" in name}
+    (query, document) = (next(value for name, value in moved.items() if side in name) for side in ("query", "document"))
+    assert query.abs().max() > 1e-4
+    assert document.abs().max() > 1e-4
+    assert not torch.equal(query, document)
 
 
 def test_alike_queries_stand_where_they_stood_when_a_run_goes_on(build):
