@@ -14,9 +14,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,7 @@ from embeddings.text import TextRecipe
 
 Side = Literal["query", "document"]
 SIDES: tuple[Side, Side] = ("query", "document")
+_MAX_MEASURED = 20_000
 
 
 def build_encoder(recipe: EncoderRecipe, *, device: str = "cpu") -> SentenceTransformer:
@@ -76,6 +78,32 @@ def build_encoder(recipe: EncoderRecipe, *, device: str = "cpu") -> SentenceTran
 def build_pretrained(recipe: EncoderRecipe, *, device: str = "cpu") -> SentenceTransformer:
     """The pretrained encoder as it is, with the recipe's prefixes and token limits: the baseline."""
     return _assemble([*_pretrained_modules(recipe, device), Normalize()], recipe, device)
+
+
+def fit_lengths(recipe: EncoderRecipe, queries: Collection[str], products: Collection[str]) -> EncoderRecipe:
+    """The recipe with its `length_percentile` as token limits, and 0 in its place; as it is where that is 0 already.
+
+    Args:
+        recipe: whose tokenizer and prefixes count.
+        queries: training queries, of which at most 20,000 are looked at, spread over their alphabet.
+        products: texts of products, likewise.
+    """
+    if not recipe.length_percentile:
+        return recipe
+    tokenizer = transformers_of(_load(resolve_model(recipe.model), "cpu"))["query"].tokenizer
+
+    def limit(texts: Collection[str], prefix: str, most: int) -> int:
+        known = sorted(set(texts))
+        sample = [prefix + text for text in known[:: math.ceil(len(known) / _MAX_MEASURED)]] if known else [prefix]
+        lengths = [len(ids) for ids in tokenizer(sample, truncation=False, verbose=False)["input_ids"]]
+        return min(most, 8 * math.ceil(np.percentile(lengths, recipe.length_percentile) / 8))
+
+    return dataclasses.replace(
+        recipe,
+        max_query_tokens=limit(queries, recipe.query_prefix, recipe.max_query_tokens),
+        max_document_tokens=limit(products, recipe.document_prefix, recipe.max_document_tokens),
+        length_percentile=0.0,
+    )
 
 
 def save_encoder(model: SentenceTransformer, folder: str | Path, card: Mapping[str, Any]) -> None:

@@ -35,6 +35,16 @@ class EncoderRecipe:
     projection_width: Annotated[int, meaning("width of a vector; 0 keeps the model's", "dimensions", ge=0)] = 0
     max_query_tokens: Annotated[int, meaning("longer queries are cut", "tokens", ge=4)] = 32
     max_document_tokens: Annotated[int, meaning("longer product texts are cut", "tokens", ge=4)] = 96
+    length_percentile: Annotated[
+        float,
+        meaning(
+            "cut queries and products at this percentile of their own lengths instead, rounded up to eights, within "
+            "the two limits; 0: at the limits",
+            "%",
+            ge=0,
+            le=100,
+        ),
+    ] = 0.0
 
 
 @settings

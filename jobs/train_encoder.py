@@ -127,6 +127,14 @@ def run(config: Config) -> RunRecord:
     if config.recipe.filtered_negatives.per_query:
         rows = _with_negatives(rows, current, config.recipe.filtered_negatives)
     instances = [_train_instance(row, products, config.recipe.leave_out) for row in rows]
+    if encoder.length_percentile:
+        # sentence-transformers takes seconds to load
+        from embeddings.encoder import fit_lengths
+
+        queries = [instance.query for instance in (*instances, *validation)]
+        encoder = fit_lengths(encoder, queries, [product.text for product in products.values()])
+        limits = encoder.max_query_tokens, encoder.max_document_tokens
+        log.info("train_encoder: queries are cut at %d tokens, products at %d", *limits)
     log.info("train_encoder: stage %d, %d instances, %d validation queries", stage, len(instances), len(validation))
     encoder_path, pretrained_path = f"models/encoder/{current.fingerprint}", f"models/pretrained/{current.fingerprint}"
     task = app.TrainTask(

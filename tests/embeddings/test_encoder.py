@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from embeddings.encoder import (
     build_encoder,
     build_pretrained,
     encode,
+    fit_lengths,
     interpolate,
     load_encoder,
     read_card,
@@ -99,6 +102,19 @@ def test_each_side_is_cut_at_its_own_token_limit(recipe, tmp_path):
     model, _ = load_encoder(tmp_path / "encoder")
     assert model.preprocess(["lamp " * 99], task="query")["input_ids"].shape[1] == 8
     assert model.preprocess(["lamp " * 99], task="document")["input_ids"].shape[1] == 24
+
+
+def test_limits_follow_the_percentile_of_lengths_within_the_recipes(folder):
+    queries = ["lamp " * number for number in range(1, 21)]
+    wide = EncoderRecipe(model=folder, max_query_tokens=200, max_document_tokens=96, length_percentile=50.0)
+    tokenizer = transformers_of(build_pretrained(wide))["query"].tokenizer
+    half = np.percentile([len(tokenizer(text)["input_ids"]) for text in queries], 50)
+    fitted = fit_lengths(wide, queries, ["lamp"])
+    assert fitted.max_query_tokens == 8 * np.ceil(half / 8) < 200
+    assert (fitted.max_document_tokens, fitted.length_percentile) == (8, 0.0)
+    narrow = dataclasses.replace(wide, max_query_tokens=8, length_percentile=100.0)
+    assert fit_lengths(narrow, queries, []).max_query_tokens == 8
+    assert fit_lengths(fitted, queries, []) is fitted
 
 
 def test_vectors_come_in_input_order_whatever_the_batches(recipe):
