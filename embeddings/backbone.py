@@ -69,17 +69,14 @@ def set_dropout(model: nn.Module, rate: float) -> None:
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The layers of a transformer: its longest stack of modules of one kind, and where it has two backbones both's.
 
-    Raises:
-        ValueError: the model has no such stack.
+    Empty for a model that has no stack.
     """
     stacks = [
         module
         for module in model.modules()
         if isinstance(module, nn.ModuleList) and len(module) > 1 and len(set(map(type, module))) == 1
     ]
-    if not stacks:
-        raise ValueError(f"{type(model).__name__}: expected a stack of like layers, found none")
-    longest = max(stacks, key=len)
+    longest = max(stacks, key=len, default=nn.ModuleList())
     like = [stack for stack in stacks if len(stack) == len(longest) and type(stack[0]) is type(longest[0])]
     return [layer for stack in like for layer in stack]
 
@@ -88,6 +85,12 @@ def compile_layers(model: nn.Module) -> None:
     """Has the layers of a transformer compiled at their first call, all of them as one kind, for texts of any length.
 
     The layers alone, since callers may pass the model's own call by, and one layer's code serves all.
+
+    Raises:
+        ValueError: the model has no stack of like layers.
     """
-    for layer in layers_of(model):
+    layers = layers_of(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__}: expected a stack of like layers to compile, found none")
+    for layer in layers:
         layer.compile(dynamic=True)
