@@ -12,7 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from sentence_transformers import SentenceTransformer
 
-from embeddings.encoder import transformers_of
+from embeddings.encoder import backbones_of
 
 
 def add_adapters(model: SentenceTransformer, rank: int, *, seed: int) -> None:
@@ -29,7 +29,7 @@ def add_adapters(model: SentenceTransformer, rank: int, *, seed: int) -> None:
         torch.manual_seed(seed)
         # a pooler is behind no vector of ours
         adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=r".*pooler.*")
-        for transformer in dict.fromkeys(transformers_of(model).values()):
+        for transformer in backbones_of(model):
             inject_adapter_in_model(adapters, transformer.model)
 
 
@@ -43,8 +43,6 @@ def without_adapters(model: SentenceTransformer) -> SentenceTransformer:
             module.merge()
             parent, _, own = name.rpartition(".")
             setattr(merged.get_submodule(parent), own, module.get_base_layer())
-    for parameter in merged.parameters():
-        parameter.requires_grad_(True)
-    for transformer in dict.fromkeys(transformers_of(merged).values()):
+    for transformer in backbones_of(merged):
         del transformer.model.peft_config
     return merged

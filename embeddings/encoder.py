@@ -172,6 +172,11 @@ def transformers_of(model: SentenceTransformer) -> dict[Side, Transformer]:
     return {side: first.sub_modules[side][0] if isinstance(first, Router) else first for side in SIDES}
 
 
+def backbones_of(model: SentenceTransformer) -> list[Transformer]:
+    """The modules of `transformers_of`, each once and always in one order."""
+    return list(dict.fromkeys(transformers_of(model).values()))
+
+
 def max_tokens(model: SentenceTransformer, side: Side) -> int:
     """Tokens after which a text of this side is cut."""
     return int(getattr(transformers_of(model)[side], f"{side}_length", None) or model.max_seq_length or 512)
@@ -284,10 +289,9 @@ def _head(model_width: int, width: int) -> Dense:
 def _assemble(modules: list[Any], recipe: EncoderRecipe, device: str) -> SentenceTransformer:
     prompts = {"query": recipe.query_prefix, "document": recipe.document_prefix}
     model = SentenceTransformer(modules=modules, prompts=prompts, device=device, similarity_fn_name="cosine")
-    for transformer in transformers_of(model).values():
+    for transformer in backbones_of(model):
         limit = transformer.max_seq_length or recipe.max_document_tokens
         transformer.query_length = min(recipe.max_query_tokens, limit)
         transformer.document_length = min(recipe.max_document_tokens, limit)
-    for transformer in transformers_of(model).values():
         transformer.max_seq_length = max(transformer.query_length, transformer.document_length)
     return model

@@ -143,14 +143,7 @@ def pairwise_logistic_loss(
     Cites: Burges et al. 2005, "Learning to rank using gradient descent" (RankNet); Lin et al. 2017 (arXiv 1708.02002).
     """
     lead_QPP, gap_QPP = _leads(similarity_QP, grade_QP)
-    is_pair_QPP = gap_QPP > 0
-    loss_QPP = softplus(-scale * lead_QPP)
-    if focus:
-        weight_QPP = torch.sigmoid(-scale * lead_QPP.detach()).pow(focus) * is_pair_QPP
-        count_Q = is_pair_QPP.sum(dim=(1, 2)).clamp(min=1)
-        mean_Q = (weight_QPP.sum(dim=(1, 2)) / count_Q).clamp(min=_LEAST_WEIGHT)
-        loss_QPP = loss_QPP * weight_QPP / mean_Q[:, None, None]
-    return _over_pairs(loss_QPP, is_pair_QPP, reduction)
+    return _logistic(-scale * lead_QPP, gap_QPP > 0, focus, reduction)
 
 
 @torch.no_grad()
@@ -196,11 +189,8 @@ def pooled_logistic_loss(similarity_N: Tensor, grade_N: Tensor, *, scale: float 
     check_shapes(similarity_N[None], grade_N[None])
     score_N = at_least_float32(similarity_N).masked_fill(grade_N < 0, 0.0)
     scores = [score_N[grade_N == grade] for grade in torch.unique(grade_N).tolist() if grade >= 0]
-    losses = []
-    for low, high in combinations(scores, 2):
-        lag = scale * (low[None] - high[:, None])
-        weight = torch.sigmoid(lag.detach()).pow(focus)
-        losses.append((softplus(lag) * weight).mean() / weight.mean().clamp(min=_LEAST_WEIGHT))
+    lags = [scale * (low[None, None] - high[None, :, None]) for low, high in combinations(scores, 2)]
+    losses = [_logistic(lag, torch.ones_like(lag, dtype=torch.bool), focus, "mean") for lag in lags]
     return torch.stack(losses).mean() if losses else 0.0 * score_N.sum()
 
 
@@ -260,6 +250,17 @@ def _leads(similarity_QP: Tensor, grade_QP: Tensor) -> tuple[Tensor, Tensor]:
     both_QPP = (grade_QP >= 0)[:, :, None] & (grade_QP >= 0)[:, None, :]
     gap_QPP = (grade_QP[:, :, None] - grade_QP[:, None, :]).to(score_QP.dtype).masked_fill(~both_QPP, 0.0)
     return score_QP[:, :, None] - score_QP[:, None, :], gap_QPP
+
+
+def _logistic(lag_QPP: Tensor, is_pair_QPP: Tensor, focus: float, reduction: Reduction) -> Tensor:
+    """Log loss of lags as logits; with a focus, pairs weigh by how far they are from their order."""
+    loss_QPP = softplus(lag_QPP)
+    if focus:
+        weight_QPP = torch.sigmoid(lag_QPP.detach()).pow(focus) * is_pair_QPP
+        count_Q = is_pair_QPP.sum(dim=(1, 2)).clamp(min=1)
+        mean_Q = (weight_QPP.sum(dim=(1, 2)) / count_Q).clamp(min=_LEAST_WEIGHT)
+        loss_QPP = loss_QPP * weight_QPP / mean_Q[:, None, None]
+    return _over_pairs(loss_QPP, is_pair_QPP, reduction)
 
 
 def _over_pairs(loss_QPP: Tensor, counted_QPP: Tensor, reduction: Reduction) -> Tensor:

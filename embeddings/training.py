@@ -30,7 +30,7 @@ from conf.load import fingerprint
 from embeddings.adapters import add_adapters, without_adapters
 from embeddings.backbone import compile_layers, has_fast_bf16, set_dropout, trainable_attention
 from embeddings.batches import Instance, InstanceSampler, StepBatch, collate, collate_part, stable_seed
-from embeddings.encoder import Side, encode, forward, tokenize, transformers_of
+from embeddings.encoder import Side, backbones_of, encode, forward, tokenize
 from embeddings.full_state import is_sharded, optimizer_state_of, set_optimizer_state, set_weights, weights_of, whole
 from embeddings.gather import gather_vectors
 from embeddings.graded_loss import GradedLoss, OtherPairs, StepTargets
@@ -461,8 +461,7 @@ def _at(texts: Sequence[str], places: NDArray[np.int64]) -> list[str]:
 def _parameter_groups(tower: TwoTower, recipe: TrainRecipe) -> list[dict[str, Any]]:
     heads = {id(p) for module in tower.encoder.children() if isinstance(module, Router) for p in module.parameters()}
     # untied backbones are in the router as well
-    backbones = set(transformers_of(tower.encoder).values())
-    heads -= {id(parameter) for backbone in backbones for parameter in backbone.parameters()}
+    heads -= {id(parameter) for backbone in backbones_of(tower.encoder) for parameter in backbone.parameters()}
     heads |= {id(parameter) for parameter in tower.loss.parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in tower.parameters():

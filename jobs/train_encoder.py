@@ -7,7 +7,7 @@ import logging
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from lake import tables
 from lake.runs import Run, RunRecord
 from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, MINED_PAIR, QUERY, CandidateSource
 from ray_apps.cluster import RayPlacement, connect
+from ray_apps.placements import Sharding
 from ray_apps.tracking import Kind, Tracking
 
 log = logging.getLogger(__name__)
@@ -81,10 +82,7 @@ class Placement:
     compiled: Annotated[
         bool, meaning("compile the backbone for training: a minute or two at the start, then steps are faster")
     ] = False
-    sharding: Annotated[
-        Literal["none", "fsdp"],
-        meaning("fsdp: weights, gradients and optimiser states in parts on the workers, for a large backbone"),
-    ] = "none"
+    sharding: Sharding = "none"
     gradient_checkpointing: Annotated[
         bool, meaning("compute layers again for the gradient: less memory, about a third more time")
     ] = False

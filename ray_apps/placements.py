@@ -1,4 +1,4 @@
-"""Where the labeller is tuned and pairs are graded; apart from the apps, so that settings load without torch."""
+"""Where models are tuned and pairs are graded; apart from the apps, so that settings load without torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from typing import Annotated, Literal
 
 from conf.load import meaning, settings
 from ray_apps.cluster import RayPlacement
+
+Sharding = Annotated[
+    Literal["none", "fsdp"],
+    meaning("fsdp: weights, gradients and optimiser states in parts on the workers, for a model too large for one"),
+]
 
 
 @settings
@@ -15,10 +20,7 @@ class TunePlacement:
     ray: RayPlacement = RayPlacement()
     num_workers: Annotated[int, meaning("training workers", ge=1)] = 1
     use_gpu: Annotated[bool, meaning("a graphics card per worker")] = False
-    sharding: Annotated[
-        Literal["none", "fsdp"],
-        meaning("fsdp: weights, gradients and optimiser states in parts on the workers, for a model too large for one"),
-    ] = "none"
+    sharding: Sharding = "none"
     threads_per_worker: Annotated[int, meaning("CPUs and torch threads of a worker", "CPUs", ge=1)] = 2
     checkpoint_every_steps: Annotated[int, meaning("steps between two checkpoints", "steps", ge=1)] = 100
     max_failures: Annotated[int, meaning("worker deaths after which the run gives up", ge=0)] = 2

@@ -39,29 +39,27 @@ def side_by_side(
     """
     if at_once > 1:
         connect(ray_placement)
-    waiting = deque(enumerate(given))
-    num_given = len(waiting)
-    found: dict[int, Found] = {}
-    running: dict[Any, tuple[int, Given]] = {}
-    num_started = num_ended = 0
+    remote = ray.remote(_call).options(num_cpus=0, max_retries=0)
+    # what follows another has no place in the answer
+    waiting: deque[tuple[int | None, Given]] = deque(enumerate(given))
+    running: dict[Any, tuple[int | None, Given]] = {}
+    found: dict[int | None, Found] = {}
+    num_ended = 0
 
-    def end(place: int, one: Given, result: Found) -> None:
+    def end(place: int | None, one: Given, result: Found) -> None:
         nonlocal num_ended
         num_ended += 1
-        log.info("%d of %d ended", num_ended, num_started + len(waiting))
-        if place < num_given:
-            found[place] = result
-        waiting.extendleft((num_given, after) for after in reversed(list(then(one, result))))
+        log.info("%d of %d ended", num_ended, num_ended + len(running) + len(waiting))
+        found[place] = result
+        waiting.extendleft((None, after) for after in reversed(list(then(one, result))))
 
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 place, one = waiting.popleft()
-                num_started += 1
                 if at_once == 1:
                     end(place, one, call(one))
                 else:
-                    remote = ray.remote(_call).options(num_cpus=0, max_retries=0)
                     running[remote.remote(call, one)] = (place, one)
             if running:
                 (ended,), _ = ray.wait(list(running))
@@ -70,7 +68,7 @@ def side_by_side(
         for call_under_way in running:
             ray.cancel(call_under_way, force=True)
         raise
-    return [found[place] for place in range(num_given)]
+    return [found[place] for place in range(len(given))]
 
 
 def _call(call: Callable[[Any], Any], one: Any) -> Any:
