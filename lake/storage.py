@@ -7,11 +7,11 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 from typing import ParamSpec, TypeVar
 
 log = logging.getLogger(__name__)
@@ -88,17 +88,17 @@ def patient(action: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(action)
     def tried(*args: P.args, **kwargs: P.kwargs) -> R:
-        began, wait = time.monotonic(), FIRST_WAIT_SEC
+        began, wait = monotonic(), FIRST_WAIT_SEC
         while True:
             try:
                 return action(*args, **kwargs)
             except OSError as error:
-                passed = time.monotonic() - began
+                passed = monotonic() - began
                 if is_lasting(error) or passed > PATIENCE_SEC:
                     raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 log.warning("the storage fails (%s); tried again in %.1f s, %.0f s passed", reason, wait, passed)
-                time.sleep(wait)
+                sleep(wait)
                 wait = min(2 * wait, LONGEST_WAIT_SEC)
 
     return tried

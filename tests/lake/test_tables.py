@@ -146,7 +146,7 @@ def failing_first(monkeypatch, error, times):
         return {}
 
     monkeypatch.setattr(Lake, "storage_options", property(options))
-    monkeypatch.setattr(storage.time, "sleep", pauses.append)
+    monkeypatch.setattr(storage, "sleep", pauses.append)
     return pauses
 
 
