@@ -50,6 +50,10 @@ class BatchRecipe:
             "least share of the instances that hold grade 0; others are left out by chance to reach it", ge=0, le=1
         ),
     ] = 0.0
+    contrasts_per_query: Annotated[
+        int,
+        meaning("ungraded products drawn of those that an instance brings, beside its graded ones", "products", ge=0),
+    ] = 3
     curriculum_epochs: Annotated[
         float,
         meaning(
@@ -85,6 +89,8 @@ class Instance:
         grades: int8, one per product.
         shares: of raters, or probabilities, at or above grades 1 and 2, [P, 2]; None for those of clean grades.
         left_out: texts that are graded too, but not to be learned from or not drawn for the step.
+        contrasts: texts that nobody graded, taken for irrelevant by the losses that read products of other queries
+            (`LossTerm.in_batch`) and by no other.
     """
 
     key: tuple[str, str]
@@ -93,6 +99,7 @@ class Instance:
     grades: NDArray[np.int8]
     shares: NDArray[np.float32] | None = None
     left_out: Sequence[str] = ()
+    contrasts: Sequence[str] = ()
 
     @property
     def known_shares(self) -> NDArray[np.float32]:
@@ -133,7 +140,7 @@ class StepBatch:
         document_index: row in `document_texts`, [Q, P]; -1 pads.
         grades: int8, [Q, P]; -1 pads.
         shares: at or above grades 1 and 2, float32, [Q, P, 2]; nan pads.
-        is_foreign: [Q, U], whether a product is in the step for other queries alone and has no grade under this one;
+        is_foreign: [Q, U], whether a product has no grade under this query: it is there for others, or a contrast;
             with a column for each product elsewhere, behind those of its own.
         elsewhere: products that other workers encode and this one does not; None where they do not count.
     """
@@ -217,7 +224,7 @@ class InstanceSampler:
             if sample < self.recipe.curriculum_epochs * count:
                 is_easy = np.random.default_rng([seed, 1]).random() >= sample / (self.recipe.curriculum_epochs * count)
                 instance = _without_middle(instance) if is_easy else instance
-            drawn.append(draw_products(instance, self.recipe, seed))
+            drawn.append(_draw_contrasts(draw_products(instance, self.recipe, seed), self.recipe, seed))
         return drawn
 
     def _new_order(self, epoch: int) -> NDArray[np.int64]:
@@ -268,6 +275,14 @@ def draw_products(instance: Instance, recipe: BatchRecipe, seed: int) -> Instanc
     return _part_of(instance, np.sort(shuffled[order[:limit]]))
 
 
+def _draw_contrasts(instance: Instance, recipe: BatchRecipe, seed: int) -> Instance:
+    """The instance with at most `contrasts_per_query` of its contrasts."""
+    if len(instance.contrasts) <= recipe.contrasts_per_query:
+        return instance
+    order = np.random.default_rng([seed, 2]).permutation(len(instance.contrasts))[: recipe.contrasts_per_query]
+    return dataclasses.replace(instance, contrasts=[instance.contrasts[place] for place in sorted(order)])
+
+
 def _without_middle(instance: Instance) -> Instance:
     """The instance without its grade 1 where grades 2 and 0 are left, which are easier to tell apart."""
     if not {0, 1, 2} <= set(instance.grades.tolist()):
@@ -307,6 +322,9 @@ def collate(instances: Sequence[Instance]) -> StepBatch:
             document_index_QP[row, column] = documents.setdefault(text, len(documents))
         grade_QP[row, : len(instance.grades)] = instance.grades
         share_QP2[row, : len(instance.grades)] = instance.known_shares
+    # in no instance's columns: they are foreign to every query, their own too
+    for text in (text for instance in instances for text in instance.contrasts):
+        documents.setdefault(text, len(documents))
     # a query of two data sets is one text, and what either grades under it is not foreign to the other
     is_foreign_UU = np.ones((len(queries), len(documents)), dtype=bool)
     for row, instance in enumerate(instances):

@@ -32,7 +32,7 @@ class StepTargets(NamedTuple):
         document_index_QP: row of each query's products among the step's; -1 pads.
         grade_QP: int8; -1 pads.
         share_QPB: shares of raters, or probabilities, at or above each grade but 0; nan pads.
-        is_foreign_QU: whether a product is there for other queries alone and has no grade under this one.
+        is_foreign_QU: whether a product has no grade under this query: it is there for others, or a contrast.
     """
 
     document_index_QP: Tensor

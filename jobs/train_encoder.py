@@ -45,15 +45,27 @@ class Inputs:
 
 @settings
 class FilteredNegatives:
-    """Mined products taken for irrelevant without a grade, as peers do: the nearest that are not too near.
+    """Mined products without a grade, as peers use them: the nearest that are not too near.
+
+    They stand beside a query as its `contrasts`: in-batch losses take them for irrelevant, while a loss over graded
+    pairs does not see them, since near the top a guess of 0 is often wrong.
 
     Cites: Moreira et al. 2024 (arXiv 2407.15831), TopK-PercPos.
     """
 
-    per_query: Annotated[int, meaning("most of them beside a query's graded products; 0: none", "products", ge=0)] = 0
+    per_query: Annotated[
+        int,
+        meaning(
+            "most of them that a query brings; train.batch.contrasts_per_query are drawn; 0: none", "products", ge=0
+        ),
+    ] = 0
     ceiling: Annotated[
         float,
-        meaning("up to this share of the cosine of the query's lowest positive, by the mining encoder", gt=0, le=1),
+        meaning(
+            "up to this share of the lowest cosine of the query's products of its best grade, by the mining encoder",
+            gt=0,
+            le=1,
+        ),
     ] = 0.95
 
 
@@ -68,7 +80,15 @@ class EncoderTrainingRecipe:
         tuple[CandidateSource, ...],
         meaning("sources of candidates whose grades are not learned from; nor are such pairs in-batch negatives"),
     ] = ()
-    filtered_negatives: Annotated[FilteredNegatives, meaning("ungraded products as grade 0")] = FilteredNegatives()
+    filtered_negatives: Annotated[FilteredNegatives, meaning("ungraded products beside the graded")] = (
+        FilteredNegatives()
+    )
+
+    def __post_init__(self) -> None:
+        if self.filtered_negatives.per_query and not any(term.in_batch for term in self.train.terms):
+            raise ValueError(
+                "filtered_negatives: expected a loss that reads them; give a term of train.loss in_batch=true"
+            )
 
 
 @settings
@@ -122,9 +142,9 @@ def run(config: Config) -> RunRecord:
     encoder, text = _recipes(config.recipe, start)
     products = _products(current, text)
     rows, validation = labelling.train_instances(current, stage), _validation(current, products)
-    if config.recipe.filtered_negatives.per_query:
-        rows = _with_negatives(rows, current, config.recipe.filtered_negatives)
     instances = [_train_instance(row, products, config.recipe.leave_out) for row in rows]
+    if config.recipe.filtered_negatives.per_query:
+        instances = _with_negatives(instances, current, products, config.recipe.filtered_negatives)
     if encoder.length_percentile:
         # sentence-transformers takes seconds to load
         from embeddings.encoder import fit_lengths
@@ -200,25 +220,26 @@ def _products(current: Run, recipe: TextRecipe) -> Products:
     }
 
 
-def _with_negatives(rows: Sequence[dict[str, Any]], current: Run, recipe: FilteredNegatives) -> list[dict[str, Any]]:
-    """The instances with their nearest mined products that stay below the ceiling, as grade 0."""
+def _with_negatives(
+    instances: Sequence[Instance], current: Run, products: Products, recipe: FilteredNegatives
+) -> list[Instance]:
+    """The instances with their nearest mined products that stay below the ceiling, as contrasts."""
     names = ["dataset", "query_id", "product_id", "rank", "score", "lowest_positive"]
     version = int(current.inputs["mined_pair"])
     mined = tables.rows(current.lake, MINED_PAIR, version=version, columns=names).sort_by("rank").to_pylist()
     nearest: dict[tuple[str, str], list[str]] = defaultdict(list)
     for pair in mined:
-        lowest = pair["lowest_positive"]
+        product, lowest = products.get((pair["dataset"], pair["product_id"])), pair["lowest_positive"]
         # as a margin, so that it keeps its sense below 0
-        if lowest is not None and pair["score"] <= lowest - (1 - recipe.ceiling) * abs(lowest):
-            nearest[pair["dataset"], pair["query_id"]].append(pair["product_id"])
+        if product and lowest is not None and pair["score"] <= lowest - (1 - recipe.ceiling) * abs(lowest):
+            nearest[pair["dataset"], pair["query_id"]].append(product.text)
     found = []
-    for row in rows:
-        known: set[str] = set(row["product_ids"])
-        fresh = [product for product in nearest[row["dataset"], row["query_id"]] if product not in known]
-        fresh = fresh[: recipe.per_query]
-        added = {"product_ids": fresh, "grades": [0] * len(fresh), "sources": ["mined"] * len(fresh)}
-        added |= {name: [0.0] * len(fresh) for name in ("at_least_1", "at_least_2") if row[name] is not None}
-        found.append(row | {name: row[name] + more for name, more in added.items()})
+    for instance in instances:
+        graded = {*instance.products, *instance.left_out}
+        fresh = dict.fromkeys(text for text in nearest[instance.key] if text not in graded)
+        found.append(dataclasses.replace(instance, contrasts=list(fresh)[: recipe.per_query]))
+    with_any = sum(bool(instance.contrasts) for instance in found)
+    log.info("train_encoder: mined negatives beside %d of %d instances", with_any, len(found))
     return found
 
 

@@ -365,7 +365,11 @@ MINED_PAIR = TableSpec(
         Column("round", INT32, "mining round, first is 1"),
         _RUN,
         Column(
-            "lowest_positive", FLOAT64, "lowest cosine of the query's products above grade 0", "-1..1", nullable=True
+            "lowest_positive",
+            FLOAT64,
+            "lowest cosine of the query's products of its best grade, 1 or 2",
+            "-1..1",
+            nullable=True,
         ),
     ),
 )

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -77,6 +79,39 @@ def test_a_curriculum_brings_grade_1_in_over_its_epochs():
     assert with_middle[2] == 40
     again = InstanceSampler(instances, recipe, seed=0).step_instances(1, 0, 1)
     assert [each.products for each in again] == [each.products for each in sampler.step_instances(1, 0, 1)]
+
+
+def test_contrasts_are_drawn_anew_each_epoch_and_hold_no_grade():
+    whole = dataclasses.replace(instance(0, [2, 1, 0]), contrasts=[f"near {place}" for place in range(9)])
+    other = dataclasses.replace(instance(1, [2, 0]), contrasts=[whole.products[1], "near 3"])
+    sampler = InstanceSampler([whole, other], BatchRecipe(queries_per_step=2, contrasts_per_query=4), seed=0)
+    steps = [{one.key: one for one in sampler.step_instances(step, 0, 1)} for step in range(2)]
+    drawn = [step[whole.key].contrasts for step in steps]
+    assert all(len(set(texts)) == 4 and set(texts) <= set(whole.contrasts) for texts in drawn)
+    assert drawn[0] != drawn[1]
+    assert [step[whole.key].products for step in steps] == [whole.products] * 2
+
+    batch = collate([steps[0][whole.key], steps[0][other.key]])
+
+    assert len(batch.document_texts) == len(set(batch.document_texts))
+    foreign = [
+        {text for text, is_so in zip(batch.document_texts, row, strict=True) if is_so} for row in batch.is_foreign
+    ]
+    assert foreign[0] == ({*other.products, *other.contrasts} | set(drawn[0])) - set(whole.products)
+    assert foreign[1] == ({*whole.products, *drawn[0], *other.contrasts}) - set(other.products)
+    assert batch.grades.tolist() == [[2, 1, 0], [2, 0, -1]]
+    none = InstanceSampler([whole], BatchRecipe(contrasts_per_query=0), seed=0).step_instances(0, 0, 1)
+    assert none[0].contrasts == []
+
+
+def test_another_worker_s_contrasts_are_foreign_here_too():
+    parts = [
+        [dataclasses.replace(instance(0, [2, 0]), contrasts=["near"])],
+        [dataclasses.replace(instance(1, [2, 0]), contrasts=["far"])],
+    ]
+    batch = collate_part(parts, 0)
+    assert batch.document_texts == [*parts[0][0].products, "near"]
+    assert batch.is_foreign.tolist() == [[False, False, True, True, True, True]]
 
 
 def test_alike_queries_stand_together_in_every_epoch():

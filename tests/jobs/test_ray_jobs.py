@@ -12,7 +12,7 @@ from deltalake import write_deltalake
 
 from conf.load import ConfigError, load_job
 from embeddings.batches import BatchRecipe
-from embeddings.encoder import load_encoder
+from embeddings.encoder import encode, load_encoder
 from embeddings.lexical import CatalogText
 from embeddings.mining import MiningRecipe
 from embeddings.recipes import EncoderRecipe, LossRecipe, LossTerm, TrainRecipe
@@ -273,33 +273,61 @@ def test_a_missing_encoder_is_named(chain):
         embed_catalog.run(embed_catalog.Config(lake=lake.root, inputs=embed_catalog.Inputs(model="nowhere")))
 
 
-def test_mined_products_below_the_ceiling_are_negatives_without_a_grade(chain):
+def test_mined_products_below_the_ceiling_are_contrasts_without_a_grade(chain):
     lake, _ = chain
     mined = tables.rows(lake, MINED_PAIR).to_pylist()
     assert all(row["lowest_positive"] is not None for row in mined)
     config = train_encoder.Config(lake=lake.root, inputs=train_encoder.Inputs(mined_pair="newest"))
     current = train_encoder.job.begin(config, "train_encoder")
-    rows = [
-        row | {"at_least_1": None, "at_least_2": None} for row in train_encoder.labelling.train_instances(current, 1)
+    products = train_encoder._products(current, TextRecipe(clauses=("{title}",)))
+    instances = [
+        train_encoder._train_instance(row | {"at_least_1": None, "at_least_2": None}, products, ())
+        for row in train_encoder.labelling.train_instances(current, 1)
     ]
 
-    def negatives(**settings):
-        found = train_encoder._with_negatives(rows, current, train_encoder.FilteredNegatives(**settings))
-        return {
-            (new["query_id"], product)
-            for old, new in zip(rows, found, strict=True)
-            for product, grade in list(zip(new["product_ids"], new["grades"], strict=True))[len(old["grades"]) :]
-            if grade == 0
-        }
+    def contrasts(**settings):
+        recipe = train_encoder.FilteredNegatives(**settings)
+        found = train_encoder._with_negatives(instances, current, products, recipe)
+        for old, new in zip(instances, found, strict=True):
+            assert not set(new.contrasts) & set(new.products)
+            assert dataclasses.replace(new, contrasts=()) == old
+        return {new.key: new.contrasts for new in found}
 
-    all_of_them = {(row["query_id"], row["product_id"]) for row in mined}
-    below = {
-        (row["query_id"], row["product_id"])
-        for row in mined
-        if row["score"] <= row["lowest_positive"] - 0.05 * abs(row["lowest_positive"])
+    graded = {instance.key: set(instance.products) for instance in instances}
+    below = {key: [] for key in graded}
+    for row in sorted(mined, key=lambda row: row["rank"]):
+        key, text = (row["dataset"], row["query_id"]), products[row["dataset"], row["product_id"]].text
+        is_below = row["score"] <= row["lowest_positive"] - 0.05 * abs(row["lowest_positive"])
+        if is_below and text not in graded[key] and text not in below[key]:
+            below[key].append(text)
+    assert contrasts(per_query=100) == below
+    assert 0 < sum(map(len, below.values())) < len(mined)
+    assert contrasts(per_query=1) == {key: texts[:1] for key, texts in below.items()}
+
+
+def test_the_lowest_positive_is_the_lowest_of_the_best_grade(chain):
+    lake, records = chain
+    model, _ = load_encoder(lake.path(records["stage1"].outputs["encoder"]))
+    title = dict(products())
+    instances = tables.rows(lake, TRAINING_INSTANCE, where=[("stage", "=", 1)]).to_pylist()
+    best = {
+        row["query_id"]: [
+            title[product]
+            for product, grade in zip(row["product_ids"], row["grades"], strict=True)
+            if grade == max(row["grades"])
+        ]
+        for row in instances
     }
-    assert negatives(per_query=100) == below < all_of_them
-    assert 0 < len(negatives(per_query=1)) <= len(rows)
+    assert any(1 in row["grades"] and 2 in row["grades"] for row in instances)
+    query = {row["query_id"]: row["query"] for row in instances}
+    for row in tables.rows(lake, MINED_PAIR).to_pylist():
+        cosine = encode(model, best[row["query_id"]], "document") @ encode(model, [query[row["query_id"]]], "query")[0]
+        assert row["lowest_positive"] == pytest.approx(cosine.min(), abs=2e-2)
+
+
+def test_mined_negatives_that_no_loss_reads_are_refused():
+    with pytest.raises(ValueError, match="in_batch=true"):
+        train_encoder.EncoderTrainingRecipe(filtered_negatives=train_encoder.FilteredNegatives(per_query=1))
 
 
 def test_recipes_are_trained_at_one_budget_and_held_against_the_reference(chain):
