@@ -143,23 +143,25 @@ def load_encoder(folder: str | Path, *, device: str = "cpu") -> tuple[SentenceTr
     return _load(str(folder), device), recipe
 
 
-def interpolate(model: SentenceTransformer, pretrained: SentenceTransformer, share: float) -> SentenceTransformer:
-    """A copy of the model whose weights are `share` of the pretrained ones and the rest the model's own.
+def interpolate(model: SentenceTransformer, other: SentenceTransformer, share: float) -> SentenceTransformer:
+    """A copy of the model whose weights are `share` of another's and the rest its own.
 
-    Between the two lie encoders that keep most of what training gained and most of what pretraining knew.
+    Between a trained encoder and the pretrained one lie encoders that keep most of what training gained and most of
+    what pretraining knew; the mean of two that were trained from the same weights, each by a loss of its own, has most
+    of what either is best at.
 
     Raises:
         ValueError: the two are built differently.
 
-    Cites: Wortsman et al. 2022 (arXiv 2109.01903).
+    Cites: Wortsman et al. 2022 (arXiv 2109.01903); 2022 (arXiv 2203.05482).
     """
-    own, other = model.state_dict(), pretrained.state_dict()
-    if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in other.items()}:
+    own, others = model.state_dict(), other.state_dict()
+    if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in others.items()}:
         raise ValueError("interpolate: expected two encoders of one recipe; build both from the same encoder settings")
     mixed = copy.deepcopy(model)
     mixed.load_state_dict(
         {
-            name: torch.lerp(value, other[name].to(value), share) if value.is_floating_point() else value
+            name: torch.lerp(value, others[name].to(value), share) if value.is_floating_point() else value
             for name, value in own.items()
         }
     )

@@ -263,8 +263,14 @@ class TrainRecipe:
             ge=0,
         ),
     ] = 0
-    pretrained_share: Annotated[
-        float, meaning("share of the pretrained weights in the encoder that is validated and published", ge=0, lt=1)
+    mixed_share: Annotated[
+        float,
+        meaning(
+            "share of another encoder's weights in the one that is validated and published: the pretrained one's, or "
+            "those of inputs.mixed_with",
+            ge=0,
+            lt=1,
+        ),
     ] = 0.0
     gradient_clip: Annotated[float, meaning("longest gradient", "L2 norm", gt=0)] = 1.0
     batch: Annotated[BatchRecipe, meaning("size and make-up of a step")] = BatchRecipe()

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 
@@ -47,9 +47,15 @@ class Inputs:
 
 @settings
 class ComparedStage:
-    """One training of a recipe; a later one goes on from the encoder of the one before."""
+    """One training of a recipe; a later one goes on from the encoder of the one before, or is mixed with it."""
 
     share: Annotated[float, meaning("of the budget; the shares of a recipe sum to 1", gt=0, le=1)] = 1.0
+    begins: Annotated[
+        Literal["before", "pretrained"], meaning("with the encoder of the stage before, or with the pretrained one")
+    ] = "before"
+    mixes: Annotated[
+        Literal["before", "pretrained"], meaning("whose weights train.mixed_share takes; before: the stage before's")
+    ] = "pretrained"
     train: Annotated[TrainRecipe, meaning("its stage says which instances it learns from")] = TrainRecipe()
     leave_out: Annotated[tuple[CandidateSource, ...], meaning("as in train_encoder")] = ()
     filtered_negatives: train_encoder.FilteredNegatives = train_encoder.FilteredNegatives()
@@ -67,6 +73,8 @@ class ComparedRecipe:
     def __post_init__(self) -> None:
         if not self.stages or abs(sum(stage.share for stage in self.stages) - 1) > 1e-6:
             raise ValueError(f"recipe {self.name!r}: expected stages whose shares of the budget sum to 1")
+        if self.stages[0].mixes == "before":
+            raise ValueError(f"recipe {self.name!r}: no stage is before the first one, whose weights it could mix")
         if self.name == PRETRAINED:
             raise ValueError(f"a recipe may not be named {PRETRAINED!r}: that row is there anyway")
 
@@ -248,7 +256,7 @@ def _stage_config(
     stage: ComparedStage,
     factor: float,
     seed: int,
-    model: str,
+    before: str,
 ) -> train_encoder.Config:
     train = dataclasses.replace(
         stage.train,
@@ -267,7 +275,11 @@ def _stage_config(
     return train_encoder.Config(
         lake=config.lake,
         setting=config.setting,
-        inputs=train_encoder.Inputs(**pinned, model=model),
+        inputs=train_encoder.Inputs(
+            **pinned,
+            model=before if stage.begins == "before" else "",
+            mixed_with=before if stage.mixes == "before" else "",
+        ),
         recipe=train_encoder.EncoderTrainingRecipe(
             encoder=recipe.encoder or config.recipe.encoder,
             text=recipe.text or config.recipe.text,

@@ -20,6 +20,7 @@ from jobs import job, labelling
 from lake import tables
 from lake.runs import Run, RunRecord
 from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, MINED_PAIR, QUERY, CandidateSource
+from lake.storage import Lake
 from ray_apps.cluster import RayPlacement, connect
 from ray_apps.placements import Sharding
 from ray_apps.tracking import Kind, Tracking
@@ -41,6 +42,9 @@ class Inputs:
     annotation_consensus: job.TableVersion = "newest"
     mined_pair: Annotated[job.TableVersion, meaning("only recipe.filtered_negatives reads it")] = ""
     model: Annotated[str, meaning("folder of the stage 1 encoder; empty builds recipe.encoder.model")] = ""
+    mixed_with: Annotated[
+        str, meaning("folder of the encoder of recipe.train.mixed_share, built alike; empty: the pretrained one")
+    ] = ""
 
 
 @settings
@@ -136,10 +140,13 @@ def run(config: Config) -> RunRecord:
 
     current = job.begin(config, "train_encoder")
     lake, stage = current.lake, config.recipe.train.stage
-    start = job.find_path(lake, config.inputs.model) if config.inputs.model else None
-    if config.inputs.model and start is None:
-        raise ConfigError(f"inputs.model={config.inputs.model!r}: no such folder in the lake or elsewhere")
+    start, other = (_folder(lake, config.inputs, name) for name in ("model", "mixed_with"))
     encoder, text = _recipes(config.recipe, start)
+    if other and (encoder, text) != _recipes(config.recipe, other):
+        raise ConfigError(
+            f"inputs.mixed_with={config.inputs.mixed_with!r}: expected an encoder of the same settings and texts as "
+            "the one that is trained; give one of its recipes, or leave it empty"
+        )
     products = _products(current, text)
     rows, validation = labelling.train_instances(current, stage), _validation(current, products)
     instances = [_train_instance(row, products, config.recipe.leave_out) for row in rows]
@@ -162,6 +169,7 @@ def run(config: Config) -> RunRecord:
         encoder=app.absolute_model(encoder),
         text=text,
         start=start or "",
+        mixed_with=other or "",
         pretrained="" if start else lake.path(pretrained_path),
         fingerprint=current.fingerprint,
         catalog=_lexical_sample(products, config.recipe.train),
@@ -196,6 +204,15 @@ def run(config: Config) -> RunRecord:
     )
     app.drop_checkpoints(lake.path("runs"), current.fingerprint)
     return record
+
+
+def _folder(lake: Lake, inputs: Inputs, name: str) -> str | None:
+    """The folder that an input names; None where it names none."""
+    value = getattr(inputs, name)
+    folder = job.find_path(lake, value) if value else None
+    if value and folder is None:
+        raise ConfigError(f"inputs.{name}={value!r}: no such folder in the lake or elsewhere")
+    return folder
 
 
 def _recipes(recipe: EncoderTrainingRecipe, start: str | None) -> tuple[EncoderRecipe, TextRecipe]:

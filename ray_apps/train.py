@@ -48,6 +48,7 @@ class TrainTask:
         encoder: the pretrained encoder that stage 1 starts from.
         text: how product texts were made; goes into the card.
         start: folder of the encoder to go on from; empty builds it from `encoder`.
+        mixed_with: folder of the encoder of `recipe.mixed_share`; empty for the pretrained one.
         pretrained: where the untrained baseline is saved; empty for nowhere.
         fingerprint: of the run; goes into the card.
         catalog: products for the lexical steps, a sample of the catalogue; empty where the recipe has none.
@@ -63,6 +64,7 @@ class TrainTask:
     encoder: EncoderRecipe
     text: TextRecipe
     start: str
+    mixed_with: str
     pretrained: str
     fingerprint: str
     catalog: Sequence[CatalogText] = ()

@@ -60,7 +60,7 @@ class TrainWorker:
             recomputed=task.recomputed,
         )
         # only the first worker publishes; off the device, which needs it at no step
-        self.pretrained = build_encoder(task.encoder) if self.rank == 0 and task.recipe.pretrained_share else None
+        self.other = self._other() if self.rank == 0 and task.recipe.mixed_share else None
         self.validation = build_validation(task.validation)
         self.start: float | None = None
         self.told = self.began = time.monotonic()
@@ -72,6 +72,10 @@ class TrainWorker:
         if self.task.start:
             return load_encoder(self.task.start, device=str(self.device))[0]
         return build_encoder(self.task.encoder, device=str(self.device))
+
+    def _other(self) -> SentenceTransformer:
+        """The encoder whose weights are mixed into what is published."""
+        return load_encoder(self.task.mixed_with)[0] if self.task.mixed_with else build_encoder(self.task.encoder)
 
     def _wrap(self, tower: TwoTower) -> nn.Module:
         if self.num_workers == 1:
@@ -128,8 +132,8 @@ class TrainWorker:
             ray.train.report({}, checkpoint=None)
             return
         score = _NOT_MEASURED
-        if encoder is not None and self.pretrained is not None and self.trainer.step:
-            encoder = interpolate(encoder, self.pretrained, self.task.recipe.pretrained_share)
+        if encoder is not None and self.other is not None and self.trainer.step:
+            encoder = interpolate(encoder, self.other, self.task.recipe.mixed_share)
         if encoder is not None and self.validation:
             # what is compiled is compiled for training: again for a few validations would take longer than they do
             with torch.compiler.set_stance("force_eager"):

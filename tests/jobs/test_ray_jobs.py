@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from deltalake import write_deltalake
 
 from conf.load import ConfigError, load_job
@@ -130,7 +131,7 @@ def chain(ray_cluster, tmp_path_factory):
     )
     records["mined"] = mine_hard_pairs.run(mining)
     loss = LossRecipe(terms=(LossTerm(loss="circle"), LossTerm(loss="supcon", in_batch=True)))
-    train = dataclasses.replace(recipe.train, stage=2, loss=loss, pretrained_share=0.99)
+    train = dataclasses.replace(recipe.train, stage=2, loss=loss, mixed_share=0.99)
     second = dataclasses.replace(recipe, train=train, leave_out=("sampled",))
     records["stage2"] = train_encoder.run(
         dataclasses.replace(base, inputs=train_encoder.Inputs(model=stage1), recipe=second)
@@ -166,6 +167,47 @@ def test_a_published_encoder_holds_its_share_of_the_pretrained_one(chain):
     before, after = (load_encoder(lake.path(folder))[0].state_dict() for folder in folders)
     moved = max((after[name] - value).abs().max().item() for name, value in before.items() if name in after)
     assert 1e-6 < moved < 2e-4
+
+
+def test_an_encoder_may_be_mixed_with_another_trained_one(chain):
+    lake, records = chain
+    stage1 = records["stage1"].outputs["encoder"]
+    recipe = train_encoder.EncoderTrainingRecipe(
+        encoder=EncoderRecipe(model=str(Path(lake.root).parent / "bert")),
+        text=TextRecipe(clauses=("{title}",)),
+        train=TrainRecipe(
+            max_steps=1,
+            batch=BatchRecipe(queries_per_step=4),
+            mixed_share=0.75,
+            learning_rate=1e-9,
+            head_learning_rate=1e-9,
+            publish_best=False,
+        ),
+    )
+    config = train_encoder.Config(
+        lake=lake.root,
+        inputs=train_encoder.Inputs(mixed_with=stage1),
+        recipe=recipe,
+        placement=train_encoder.Placement(ray=RAY, threads_per_worker=1),
+    )
+    mixed = train_encoder.run(config).outputs["encoder"]
+    own, trained, before = (
+        load_encoder(lake.path(folder))[0].state_dict()
+        for folder in (mixed, stage1, records["stage1"].outputs["pretrained"])
+    )
+    moved = 0.0
+    for name, value in own.items():
+        # a step at 1e-9 leaves the pretrained weights where they were
+        assert torch.allclose(value, 0.25 * before[name] + 0.75 * trained[name], atol=1e-6)
+        moved = max(moved, (trained[name] - before[name]).abs().max().item())
+    assert moved > 1e-4
+
+    other_text = dataclasses.replace(config, recipe=dataclasses.replace(recipe, text=TextRecipe()))
+    with pytest.raises(ConfigError, match="same settings and texts"):
+        train_encoder.run(other_text)
+    nowhere = dataclasses.replace(config, inputs=train_encoder.Inputs(mixed_with="nowhere"))
+    with pytest.raises(ConfigError, match=r"inputs\.mixed_with='nowhere'"):
+        train_encoder.run(nowhere)
 
 
 def test_pairs_of_left_out_sources_stay_known_as_graded():
@@ -344,9 +386,15 @@ def test_recipes_are_trained_at_one_budget_and_held_against_the_reference(chain)
                     name="two stages",
                     stages=tuple(
                         compare_recipes.ComparedStage(
-                            share=0.5, train=TrainRecipe(stage=stage, batch=BatchRecipe(queries_per_step=4))
+                            share=0.5,
+                            begins=begins,
+                            mixes=mixes,
+                            train=TrainRecipe(stage=stage, batch=BatchRecipe(queries_per_step=4), mixed_share=share),
                         )
-                        for stage in (1, 2)
+                        for stage, begins, mixes, share in (
+                            (1, "before", "pretrained", 0.0),
+                            (2, "pretrained", "before", 0.5),
+                        )
                     ),
                 ),
                 compare_recipes.ComparedRecipe(

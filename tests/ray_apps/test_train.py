@@ -46,7 +46,7 @@ def make_task(bert, name, recipe=RECIPE, pretrained=""):
         for number, word in enumerate(WORDS)
     ]
     return TrainTask(
-        instances, instances[:6], recipe, EncoderRecipe(model=str(bert)), TextRecipe(), "", pretrained, name
+        instances, instances[:6], recipe, EncoderRecipe(model=str(bert)), TextRecipe(), "", "", pretrained, name
     )
 
 
