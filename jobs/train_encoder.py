@@ -142,11 +142,6 @@ def run(config: Config) -> RunRecord:
     lake, stage = current.lake, config.recipe.train.stage
     start, other = (_folder(lake, config.inputs, name) for name in ("model", "mixed_with"))
     encoder, text = _recipes(config.recipe, start)
-    if other and (encoder, text) != _recipes(config.recipe, other):
-        raise ConfigError(
-            f"inputs.mixed_with={config.inputs.mixed_with!r}: expected an encoder of the same settings and texts as "
-            "the one that is trained; give one of its recipes, or leave it empty"
-        )
     products = _products(current, text)
     rows, validation = labelling.train_instances(current, stage), _validation(current, products)
     instances = [_train_instance(row, products, config.recipe.leave_out) for row in rows]
@@ -160,13 +155,20 @@ def run(config: Config) -> RunRecord:
         encoder = fit_lengths(encoder, queries, [product.text for product in products.values()])
         limits = encoder.max_query_tokens, encoder.max_document_tokens
         log.info("train_encoder: queries are cut at %d tokens, products at %d", *limits)
+    encoder = app.absolute_model(encoder)
+    # as cards hold them: with fitted lengths and an absolute path
+    if other and (encoder, text) != _recipes(config.recipe, other):
+        raise ConfigError(
+            f"inputs.mixed_with={config.inputs.mixed_with!r}: expected an encoder of the same settings and texts as "
+            "the one that is trained; give one of its recipes, or leave it empty"
+        )
     log.info("train_encoder: stage %d, %d instances, %d validation queries", stage, len(instances), len(validation))
     encoder_path, pretrained_path = f"models/encoder/{current.fingerprint}", f"models/pretrained/{current.fingerprint}"
     task = app.TrainTask(
         instances=instances,
         validation=validation,
         recipe=config.recipe.train,
-        encoder=app.absolute_model(encoder),
+        encoder=encoder,
         text=text,
         start=start or "",
         mixed_with=other or "",

@@ -203,6 +203,12 @@ def test_an_encoder_may_be_mixed_with_another_trained_one(chain, tmp_path):
         assert torch.allclose(own[name], 0.25 * before[name] + 0.75 * value, atol=1e-5)
         assert not torch.allclose(own[name], value, atol=1e-3)
 
+    # a card holds the lengths that were fitted, not the percentile
+    cut = dataclasses.replace(recipe, encoder=dataclasses.replace(recipe.encoder, length_percentile=90.0))
+    first = train_encoder.run(dataclasses.replace(config, inputs=train_encoder.Inputs(), recipe=cut))
+    own_kind = train_encoder.Inputs(mixed_with=first.outputs["encoder"])
+    assert train_encoder.run(dataclasses.replace(config, inputs=own_kind, recipe=cut)).outputs["encoder"]
+
     other_text = dataclasses.replace(config, recipe=dataclasses.replace(recipe, text=TextRecipe()))
     with pytest.raises(ConfigError, match="same settings and texts"):
         train_encoder.run(other_text)
