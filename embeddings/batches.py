@@ -89,8 +89,8 @@ class Instance:
         grades: int8, one per product.
         shares: of raters, or probabilities, at or above grades 1 and 2, [P, 2]; None for those of clean grades.
         left_out: texts that are graded too, but not to be learned from or not drawn for the step.
-        contrasts: texts that nobody graded, taken for irrelevant by the losses that read products of other queries
-            (`LossTerm.in_batch`) and by no other.
+        contrasts: texts that nobody graded: to the losses that read products of other queries (`LossTerm.in_batch` and
+            `background`) such products, under their own query too; no other loss sees them.
     """
 
     key: tuple[str, str]

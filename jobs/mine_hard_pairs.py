@@ -146,11 +146,12 @@ def _mined_rows(
 def _lowest_positives(ids: Sequence[str], instances: Sequence[Mapping[str, Any]], search: Search) -> dict[int, float]:
     """Lowest cosine of each query's products of its best grade, by the query's place; none where that is 0."""
     row_of = {product: row for row, product in enumerate(ids)}
+    best = [max(instance["grades"]) for instance in instances]
     positives = [
         (place, row_of[product])
         for place, instance in enumerate(instances)
         for product, grade in zip(instance["product_ids"], instance["grades"], strict=True)
-        if grade == max(instance["grades"]) > 0 and product in row_of
+        if grade == best[place] > 0 and product in row_of
     ]
     place_N, row_N = np.array(positives, dtype=np.int64).reshape(-1, 2).T
     found: dict[int, float] = {}
