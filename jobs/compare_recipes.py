@@ -24,7 +24,7 @@ from jobs.evaluate_retrieval import HEADLINES, measure_encoders
 from jobs.judged_queries import READ, Judged, read_judged
 from lake import tables
 from lake.runs import Run, RunRecord
-from lake.schemas import RECIPE_COMPARISON, CandidateSource
+from lake.schemas import RECIPE_COMPARISON
 from lake.storage import replace_text
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class ComparedStage:
         Literal["before", "pretrained"], meaning("whose weights train.mixed_share takes; before: the stage before's")
     ] = "pretrained"
     train: Annotated[TrainRecipe, meaning("its stage says which instances it learns from")] = TrainRecipe()
-    leave_out: Annotated[tuple[CandidateSource, ...], meaning("as in train_encoder")] = ()
+    leave_out: train_encoder.LeftOut = ()
     filtered_negatives: train_encoder.FilteredNegatives = train_encoder.FilteredNegatives()
 
 

@@ -19,7 +19,7 @@ from embeddings.text import TextRecipe, normalise_query, product_text
 from jobs import job, labelling
 from lake import tables
 from lake.runs import Run, RunRecord
-from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, MINED_PAIR, QUERY, CandidateSource
+from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, JUDGES, MINED_PAIR, QUERY, SOURCES
 from lake.storage import Lake
 from ray_apps.cluster import RayPlacement, connect
 from ray_apps.placements import Sharding
@@ -73,6 +73,25 @@ class FilteredNegatives:
     ] = 0.95
 
 
+LeftOut = Annotated[
+    tuple[str, ...],
+    meaning(
+        "sources whose grades are not learned from, or one grade of a source as mined:2; nor are such pairs in-batch "
+        f"negatives. Sources: {', '.join((*JUDGES, *SOURCES))}"
+    ),
+]
+
+
+def check_left_out(leave_out: Sequence[str]) -> None:
+    """Raises ValueError for what is neither a source nor a source and a grade."""
+    for entry in leave_out:
+        source, _, grade = entry.partition(":")
+        if source not in (*JUDGES, *SOURCES) or (":" in entry and grade not in ("0", "1", "2")):
+            raise ValueError(
+                f"leave_out={entry!r}: expected one of {', '.join((*JUDGES, *SOURCES))}, or with a grade, as mined:2"
+            )
+
+
 @settings
 class EncoderTrainingRecipe:
     """What is trained and how. A run that goes on from a model takes texts and limits from that model's card."""
@@ -80,15 +99,13 @@ class EncoderTrainingRecipe:
     encoder: EncoderRecipe = EncoderRecipe()
     text: TextRecipe = TextRecipe()
     train: TrainRecipe = TrainRecipe()
-    leave_out: Annotated[
-        tuple[CandidateSource, ...],
-        meaning("sources of candidates whose grades are not learned from; nor are such pairs in-batch negatives"),
-    ] = ()
+    leave_out: LeftOut = ()
     filtered_negatives: Annotated[FilteredNegatives, meaning("ungraded products beside the graded")] = (
         FilteredNegatives()
     )
 
     def __post_init__(self) -> None:
+        check_left_out(self.leave_out)
         if self.filtered_negatives.per_query and not any(term.in_batch for term in self.train.terms):
             raise ValueError(
                 "filtered_negatives: expected a loss that reads them; give a term of train.loss in_batch=true"
@@ -144,7 +161,7 @@ def run(config: Config) -> RunRecord:
     encoder, text = _recipes(config.recipe, start)
     products = _products(current, text)
     rows, validation = labelling.train_instances(current, stage), _validation(current, products)
-    instances = [_train_instance(row, products, config.recipe.leave_out) for row in rows]
+    instances = [train_instance(row, products, config.recipe.leave_out) for row in rows]
     if config.recipe.filtered_negatives.per_query:
         instances = _with_negatives(instances, current, products, config.recipe.filtered_negatives)
     if encoder.length_percentile:
@@ -292,13 +309,14 @@ def _validation(current: Run, products: Products) -> list[Instance]:
     ]
 
 
-def _train_instance(row: Mapping[str, Any], products: Products, leave_out: Sequence[str]) -> Instance:
-    """The instance of a row without the pairs of some sources, whose texts it keeps as graded all the same."""
+def train_instance(row: Mapping[str, Any], products: Products, leave_out: Sequence[str]) -> Instance:
+    """The instance of a row without the pairs that `leave_out` names, whose texts it keeps as graded all the same."""
     learned: dict[str, Graded] = {}
     skipped: dict[str, Graded] = {}
     shares = [row[name] or [None] * len(row["grades"]) for name in ("at_least_1", "at_least_2")]
     for product_id, source, *graded in zip(row["product_ids"], row["sources"], row["grades"], *shares, strict=True):
-        (skipped if source in leave_out else learned)[product_id] = _clean(*graded)
+        is_left_out = source in leave_out or f"{source}:{graded[0]}" in leave_out
+        (skipped if is_left_out else learned)[product_id] = _clean(*graded)
     instance = _instance(row, row["query"], learned, products)
     return dataclasses.replace(instance, left_out=_instance(row, row["query"], skipped, products).products)
 

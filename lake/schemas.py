@@ -20,6 +20,9 @@ SPLITS = ("train", "validation", "calibration", "test")
 CandidateSource = Literal["annotated", "sampled", "mined", "engagement"]
 SOURCES: tuple[CandidateSource, ...] = ("annotated", "sampled", "mined", "engagement")
 
+JUDGES: tuple[str, ...] = ("expert", "human")
+"""Sources of a training pair whose grade is no labeller's."""
+
 CONSENSUS = "consensus"
 """Who judged in the ledger's human rows that are no expert's verdict."""
 
