@@ -130,7 +130,7 @@ def session_lines(
     popular_Q = np.argsort(draw(recipe.seed, "query popularity", np.arange(num_queries))[:, 0])
     share_Q = np.arange(1, num_queries + 1) ** -recipe.query_skew
     cumulative_Q = np.cumsum(share_Q) / share_Q.sum()
-    padded = _pad(pools, products)
+    padded = _pad(recipe, pools, products)
     for start in range(0, recipe.num_sessions, _SESSIONS_PER_CHUNK):
         session_S = np.arange(start, min(start + _SESSIONS_PER_CHUNK, recipe.num_sessions))
         draw_S2 = draw(recipe.seed, "session", session_S, 2)
@@ -146,9 +146,14 @@ class _PaddedPools:
     grade_QM: NDArray[np.int8]
     popularity_QM: NDArray[np.float64]
     cheapness_QM: NDArray[np.float64]
+    standing_QM: NDArray[np.float64]
 
 
-def _pad(pools: Sequence[Pool], products: Products) -> _PaddedPools:
+def _gumbel(uniform: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(-np.log(-np.log(uniform.clip(1e-12, 1 - 1e-12))))
+
+
+def _pad(recipe: MarketplaceRecipe, pools: Sequence[Pool], products: Products) -> _PaddedPools:
     """Pools as one rectangle; -1 where a query has fewer products."""
     row_QM = np.full((len(pools), max(len(pool.row_M) for pool in pools)), -1)
     grade_QM = np.zeros(row_QM.shape, np.int8)
@@ -159,7 +164,8 @@ def _pad(pools: Sequence[Pool], products: Products) -> _PaddedPools:
     type_QM = products.type_N[row_QM]
     log_price_QM = np.log(products.price_N[row_QM])
     cheapness_QM = 0.5 - (log_price_QM - low_T[type_QM]) / (high_T - low_T)[type_QM]
-    return _PaddedPools(row_QM, grade_QM, np.log(products.popularity_N[row_QM]), cheapness_QM)
+    standing_QM = _gumbel(draw(recipe.seed, "ranker", np.arange(len(pools)), row_QM.shape[1]))
+    return _PaddedPools(row_QM, grade_QM, np.log(products.popularity_N[row_QM]), cheapness_QM, standing_QM)
 
 
 def _search(
@@ -169,7 +175,9 @@ def _search(
     row_SM, grade_SM = pools.row_QM[query_S], pools.grade_QM[query_S]
     effect_SM = recipe.popularity_effect * pools.popularity_QM[query_S]
     uniform_SM = draw(recipe.seed, "rank", session_S, row_SM.shape[1])
-    noise_SM = -np.log(-np.log(uniform_SM.clip(1e-12, 1 - 1e-12)))
+    noise_SM = recipe.rank_noise * _gumbel(uniform_SM)
+    if recipe.ranker_error:
+        noise_SM = noise_SM + recipe.ranker_error * pools.standing_QM[query_S]
     score_SM = np.where(row_SM >= 0, 0.6 * grade_SM + effect_SM + noise_SM, -np.inf)
     order_SV = np.argsort(-score_SM, axis=1)[:, : recipe.results_per_session]
     shown_SV = np.take_along_axis(row_SM, order_SV, axis=1)

@@ -33,6 +33,12 @@ class MarketplaceRecipe:
     ] = 0.0
     results_per_session: Annotated[int, meaning("results shown per session", unit="rows", ge=1, le=24)] = 10
     query_skew: Annotated[float, meaning("exponent of the queries' popularity over rank", ge=0, le=3)] = 0.8
+    rank_noise: Annotated[
+        float, meaning("what changes a product's rank from session to session; 1 as much as grades do", ge=0, le=3)
+    ] = 1.0
+    ranker_error: Annotated[
+        float, meaning("what keeps a product's rank wrong in all sessions of its query, on the same scale", ge=0, le=3)
+    ] = 0.0
     position_bias: Annotated[float, meaning("exponent of examination over position", ge=0, le=3)] = 0.7
     price_effect: Annotated[
         float, meaning("log-odds-like effect of a low price on clicks and purchases", ge=0, le=3)

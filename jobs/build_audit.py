@@ -1,13 +1,15 @@
-"""Pairs whose behaviour contradicts their human grade, for an expert to look at."""
+"""Pairs whose human grade is in doubt by behaviour, labeller and marks, for an expert to look at."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
-from conf.load import settings
-from jobs import job
-from lake.runs import RunRecord
+from conf.load import meaning, settings
+from embeddings.labeller import load_labeller_card
+from jobs import job, labelling
+from lake.runs import Run, RunRecord
 from lake.schemas import AUDIT_CONFLICT
 from lake.spark import SparkPlacement
 from spark_etl.recipes import AuditRecipe
@@ -19,6 +21,10 @@ class Inputs:
 
     engagement: job.TableVersion = "newest"
     annotation_consensus: job.TableVersion = "newest"
+    labeller_oof: Annotated[
+        job.TableVersion, meaning("grades of labellers that had not learned from the pair; empty: not asked")
+    ] = ""
+    labeller: Annotated[str, meaning("folder of the labeller among them; empty: the only one there is")] = ""
 
 
 @settings
@@ -42,16 +48,28 @@ class Config:
 def run(config: Config) -> RunRecord:
     """Replaces the conflicts."""
     from lake import spark as lake_spark
-    from spark_etl.audit import find_conflicts
+    from spark_etl.audit import find_conflicts, grades_out_of_fold, score_pairs
 
     current = job.begin(config, "build_audit")
     spark = lake_spark.session(config.placement.spark)
     tables = lake_spark.pinned_rows(spark, current.lake, current.inputs)
-    conflicts = find_conflicts(tables["engagement"], tables["annotation_consensus"], config.recipe).persist()
+    labeller = None
+    if "labeller_oof" in tables:
+        labeller = grades_out_of_fold(tables["labeller_oof"], _fingerprint(current, config.inputs.labeller))
+    scored = score_pairs(tables["engagement"], tables["annotation_consensus"], config.recipe, labeller).persist()
+    conflicts = find_conflicts(scored, config.recipe).persist()
     by_kind = lake_spark.count_by(conflicts, "kind")
     written = lake_spark.replace(spark, current.lake, AUDIT_CONFLICT, conflicts, run_id=current.run_id)
     conflicts.unpersist()
+    scored.unpersist()
     return current.finish(rows=sum(by_kind.values()), outputs={AUDIT_CONFLICT.name: written}, counts=by_kind)
+
+
+def _fingerprint(current: Run, folder: str) -> str:
+    """That of the labeller in the folder; empty for no folder."""
+    if not folder:
+        return ""
+    return load_labeller_card(labelling.labeller_folder(current.lake, folder, "inputs.labeller")).fingerprint
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Behaviour per pair, corrected for position."""
+"""Behaviour per pair, freed of position by a click model, and the click model itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from conf.load import settings
 from jobs import job
 from lake.runs import RunRecord
-from lake.schemas import ENGAGEMENT
+from lake.schemas import CLICK_MODEL, CLICK_MODEL_ROUND, ENGAGEMENT
 from lake.spark import SparkPlacement
 from spark_etl.recipes import EngagementRecipe
 
@@ -39,18 +39,33 @@ class Config:
 
 
 def run(config: Config) -> RunRecord:
-    """Replaces the engagement; without events it has no row."""
+    """Replaces click model and engagement; without events they have no row."""
     from lake import spark as lake_spark
-    from spark_etl.engagement import build_engagement
+    from spark_etl import click_model, engagement
 
     current = job.begin(config, "build_engagement")
     spark = lake_spark.session(config.placement.spark)
     tables = lake_spark.pinned_rows(spark, current.lake, current.inputs)
-    engagement = build_engagement(tables["search_event"], config.recipe).persist()
-    rows = engagement.count()
-    written = lake_spark.replace(spark, current.lake, ENGAGEMENT, engagement, run_id=current.run_id)
-    engagement.unpersist()
-    return current.finish(rows=rows, outputs={ENGAGEMENT.name: written})
+    counts = engagement.count_places(tables["search_event"]).persist()
+    models = click_model.fit_click_models(counts, config.recipe.click_model)
+    pairs = engagement.build_engagement(counts, models, config.recipe).persist()
+    rows = pairs.count()
+    frames = {
+        CLICK_MODEL: click_model.places_frame(spark, models),
+        CLICK_MODEL_ROUND: click_model.rounds_frame(spark, models),
+        ENGAGEMENT: pairs,
+    }
+    outputs = {
+        spec.name: lake_spark.replace(spark, current.lake, spec, frame, run_id=current.run_id)
+        for spec, frame in frames.items()
+    }
+    pairs.unpersist()
+    counts.unpersist()
+    return current.finish(
+        rows=rows,
+        outputs=outputs,
+        counts={f"rounds/{model.dataset}": len(model.rounds) for model in models},
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ import pyarrow as pa
 Engine = Literal["spark", "delta-rs"]
 
 STRING, INT8, INT32, INT64 = pa.string(), pa.int8(), pa.int32(), pa.int64()
-FLOAT64, TIMESTAMP = pa.float64(), pa.timestamp("us", tz="UTC")
+FLOAT64, TIMESTAMP, BOOL = pa.float64(), pa.timestamp("us", tz="UTC"), pa.bool_()
 SPLITS = ("train", "validation", "calibration", "test")
 CandidateSource = Literal["annotated", "sampled", "mined", "engagement"]
 SOURCES: tuple[CandidateSource, ...] = ("annotated", "sampled", "mined", "engagement")
@@ -186,9 +186,36 @@ ANNOTATION_CONSENSUS = TableSpec(
     checks=(_GRADE_CHECK,),
 )
 
+CLICK_MODEL = TableSpec(
+    "click_model",
+    "How often shoppers look at each place of a result list, by a position-based click model.",
+    "spark",
+    ("dataset", "first_position"),
+    (
+        _DATASET,
+        Column("first_position", INT32, "first place of a bin of places that count as one", "rank"),
+        Column("examination", FLOAT64, "looks per impression there; 1 at the first place", "0..1"),
+        Column("impressions", INT64, "products shown there", "events"),
+        Column("clicks", INT64, "clicks there", "events"),
+        Column("converged", BOOL, "whether the fit came to rest; with too few clicks there is none, and 1 everywhere"),
+    ),
+)
+CLICK_MODEL_ROUND = TableSpec(
+    "click_model_round",
+    "Rounds of the fit of the click model.",
+    "spark",
+    ("dataset", "round"),
+    (
+        _DATASET,
+        Column("round", INT32, "running number, first is 1"),
+        Column("log_likelihood", FLOAT64, "of all impressions with and without a click", "nats"),
+        Column("log_posterior", FLOAT64, "the same with the prior of the attraction, which no round lowers", "nats"),
+        Column("change", FLOAT64, "largest change of an examination"),
+    ),
+)
 ENGAGEMENT = TableSpec(
     "engagement",
-    "Behaviour per pair, corrected for the position at which products were shown.",
+    "Behaviour per pair, freed of the places at which products were shown.",
     "spark",
     ("dataset", "query_id", "product_id"),
     (
@@ -204,31 +231,53 @@ ENGAGEMENT = TableSpec(
             "events",
         ),
         Column("corrected_rate", FLOAT64, "(clicks + prior) / (expected clicks + prior); 1 is average"),
+        Column("examinations", FLOAT64, "impressions by how often shoppers look at their places", "looks"),
+        Column("breadth", FLOAT64, "products over which the query's clicks spread", "products", nullable=True),
+        Column("stratum", INT32, "class of the query by breadth, 1 the narrowest; 0: fewer than two clicks"),
+        *(
+            Column(name, FLOAT64, f"{what} per look, {told}", "0..1")
+            for rate, what in (("click_rate", "clicks"), ("cart_rate", "carts"), ("purchase_rate", "purchases"))
+            for name, told in (
+                (rate, "drawn to the mean of the query's class"),
+                (f"{rate}_low", "lower end of the 95 % interval"),
+                (f"{rate}_high", "upper end of the 95 % interval"),
+            )
+        ),
     ),
 )
-
 AUDIT_CONFLICT = TableSpec(
     "audit_conflict",
-    "Pairs whose behaviour contradicts their human grade.",
+    "Pairs whose human grade is in doubt, with the evidence.",
     "spark",
     ("dataset", "query_id", "product_id"),
     (
         *_PAIR,
-        Column("kind", STRING, "loved_but_irrelevant or ignored_but_exact"),
-        _grade("the human grade in doubt"),
-        Column("impressions", INT64, "times shown", "events"),
-        Column("clicks", INT64, "clicks", "events"),
-        Column("purchases", INT64, "purchases", "events"),
-        Column("corrected_rate", FLOAT64, "position-corrected click rate; 1 is average"),
         Column(
-            "priority",
-            FLOAT64,
-            "evidence against the grade, larger first: |log corrected rate| x sqrt(impressions)",
+            "kind", STRING, "first rule met: loved_but_irrelevant, ignored_but_exact, labeller_disagrees or doubtful"
         ),
+        _grade("the human grade in doubt"),
+        Column("num_marks", INT32, "raters behind it", "raters"),
+        Column("impressions", INT64, "times shown", "events", nullable=True),
+        Column("clicks", INT64, "clicks", "events", nullable=True),
+        Column("purchases", INT64, "purchases", "events", nullable=True),
+        Column("stratum", INT32, "class of the query by breadth, 1 the narrowest; 0: unknown"),
+        Column("click_rate", FLOAT64, "clicks per look", "0..1", nullable=True),
+        Column("click_rate_low", FLOAT64, "lower end of its 95 % interval", "0..1", nullable=True),
+        Column("click_rate_high", FLOAT64, "upper end of its 95 % interval", "0..1", nullable=True),
+        *(
+            Column(f"p{grade}", FLOAT64, f"probability of {grade} by the labeller", "0..1", nullable=True)
+            for grade in range(3)
+        ),
+        *(
+            Column(f"posterior_{grade}", FLOAT64, f"probability of {grade} from all evidence", "0..1")
+            for grade in range(3)
+        ),
+        Column("wrong_probability", FLOAT64, "of the other grades together", "0..1"),
+        Column("expected_change", FLOAT64, "mean distance to the true grade", "steps"),
+        Column("priority", FLOAT64, "what a review is worth, larger first: expected change by traffic"),
     ),
     checks=(_GRADE_CHECK,),
 )
-
 AUDIT_VERDICT = TableSpec(
     "audit_verdict",
     "What an expert decided of a doubtful pair; the newest row of a pair counts.",
@@ -568,6 +617,8 @@ TABLES: dict[str, TableSpec] = {
         SEARCH_EVENT,
         HUMAN_ANNOTATION,
         ANNOTATION_CONSENSUS,
+        CLICK_MODEL,
+        CLICK_MODEL_ROUND,
         ENGAGEMENT,
         AUDIT_CONFLICT,
         AUDIT_VERDICT,

@@ -101,6 +101,8 @@ def _session_options(placement: SparkPlacement) -> dict[str, str]:
     return {
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.shuffle.partitions": str(placement.num_shuffle_partitions),
+        # The JVM compiles no method of more bytes than this; larger ones, as of the click model's rounds, are split.
+        "spark.sql.codegen.hugeMethodLimit": "8000",
     }
 
 

@@ -1,36 +1,119 @@
-"""Behaviour per pair, corrected for the place at which products were shown.
+"""Behaviour per pair, freed of the places at which products were shown.
 
-Clicks over expected clicks (COEC; Zhang and Jones 2007): an impression at position k is expected to bring the
-data set's mean click rate at k, whatever is shown there. A pair with as many clicks as expected has rate 1.
+Two ways: clicks over expected clicks (COEC; Zhang and Jones 2007), where an impression at place k is expected to bring
+the data set's mean click rate at k, whatever is shown there; and the rates per look of a position-based click model,
+which tells what good products gain from their places from what places gain from good products. Rates per look are drawn
+to the mean of their class of queries, since broad queries spread their clicks over many products.
 """
 
 from __future__ import annotations
 
-from pyspark.sql import DataFrame
+from collections.abc import Iterable, Sequence
+
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as sf
 
+from spark_etl.click_model import PAIR, ClickModel, bin_of
 from spark_etl.recipes import EngagementRecipe
+from spark_etl.shrinkage import fit_priors, posterior
 
-PAIR = ("dataset", "query_id", "product_id")
+QUERY_KEY = ("dataset", "query_id")
+RATES = {"clicks": "click_rate", "carts": "cart_rate", "purchases": "purchase_rate"}
 _COUNTS = {"impression": "impressions", "click": "clicks", "cart": "carts", "purchase": "purchases"}
+_UNKNOWN = 0
 
 
-def build_engagement(events: DataFrame, recipe: EngagementRecipe) -> DataFrame:
-    """Counts, expected clicks and corrected rate of every pair that has an event."""
+def count_places(events: DataFrame) -> DataFrame:
+    """Events of every pair by place: what all else is made of, and what adds up over days."""
     counts = [sf.count_if(sf.col("kind") == kind).alias(name) for kind, name in _COUNTS.items()]
-    by_place = events.groupBy(*PAIR, "position").agg(*counts)
-    rates = (
-        by_place.groupBy("dataset", "position")
+    return events.groupBy(*PAIR, "position").agg(*counts)
+
+
+def build_engagement(counts: DataFrame, models: Iterable[ClickModel], recipe: EngagementRecipe) -> DataFrame:
+    """Counts, both corrected rates, and the breadth and stratum of the query, of every pair that has an event.
+
+    Args:
+        counts: as of `count_places`, persisted by the caller, since several passes read it.
+        models: one of each data set of the counts.
+    """
+    mean_rates = (
+        counts.groupBy("dataset", "position")
         .agg(sf.sum("impressions").alias("shown"), sf.sum("clicks").alias("clicked"))
         .where(sf.col("shown") > 0)
-        .select("dataset", "position", (sf.col("clicked") / sf.col("shown")).alias("click_rate"))
+        .select("dataset", "position", (sf.col("clicked") / sf.col("shown")).alias("mean_rate"))
     )
-    expected = sf.sum(sf.col("impressions") * sf.coalesce("click_rate", sf.lit(0.0)))
-    prior = sf.lit(recipe.prior_clicks)
-    corrected = (sf.col("clicks") + prior) / (sf.col("expected_clicks") + prior)
-    return (
-        by_place.join(sf.broadcast(rates), on=["dataset", "position"], how="left")
-        .groupBy(*PAIR)
-        .agg(*(sf.sum(name).alias(name) for name in _COUNTS.values()), expected.alias("expected_clicks"))
-        .withColumn("corrected_rate", corrected)
+    placed = counts.join(sf.broadcast(mean_rates), on=["dataset", "position"], how="left")
+    placed = placed.withColumn("first", bin_of(sf.col("position"), recipe.click_model))
+    placed = placed.join(sf.broadcast(_looks(counts, models)), on=["dataset", "first"], how="left")
+    look, shown = sf.coalesce("look", sf.lit(1.0)), sf.greatest("impressions", "clicks")
+    pairs = placed.groupBy(*PAIR).agg(
+        *(sf.sum(name).alias(name) for name in _COUNTS.values()),
+        sf.sum(sf.col("impressions") * sf.coalesce("mean_rate", sf.lit(0.0))).alias("expected_clicks"),
+        sf.sum(shown * look).alias("trials"),
+        sf.sum(shown * look * look).alias("squares"),
+    )
+    prior_clicks = sf.lit(recipe.prior_clicks)
+    corrected = (sf.col("clicks") + prior_clicks) / (sf.col("expected_clicks") + prior_clicks)
+    stratified = pairs.join(_strata(pairs, recipe.num_strata), on=list(QUERY_KEY), how="inner")
+    found = with_rates(stratified.withColumn("corrected_rate", corrected), recipe.min_pairs_per_class)
+    return found.withColumnRenamed("trials", "examinations").drop("squares")
+
+
+def with_rates(pairs: DataFrame, min_pairs: int) -> DataFrame:
+    """Adds mean and interval of the rates per look under the prior of the pair's data set and stratum.
+
+    Args:
+        pairs: dataset, stratum, trials, squares and the columns of RATES.
+        min_pairs: a class with fewer pairs takes the prior of its data set.
+    """
+    sizes = {
+        (row["dataset"], row["stratum"]): row["count"] for row in pairs.groupBy("dataset", "stratum").count().collect()
+    }
+    of_class = fit_priors(pairs, list(RATES), ("dataset", "stratum"))
+    of_dataset = fit_priors(pairs, list(RATES), ("dataset",))
+    rows = []
+    for (dataset, stratum), size in sizes.items():
+        chosen = of_class.get((dataset, stratum)) if size >= min_pairs else None
+        chosen = chosen or of_dataset.get((dataset,))
+        if chosen:
+            rows.append((dataset, stratum, *(value for name in RATES for value in chosen[name])))
+    names = [f"{name}_{end}" for name in RATES for end in ("hits", "misses")]
+    schema = ", ".join(["dataset string", "stratum int", *(f"{name} double" for name in names)])
+    priors = pairs.sparkSession.createDataFrame(rows, schema)
+    joined = pairs.join(sf.broadcast(priors), on=["dataset", "stratum"], how="left")
+    columns: dict[str, Column] = {}
+    for name, rate in RATES.items():
+        prior = (sf.col(f"{name}_hits"), sf.col(f"{name}_misses"))
+        mean, low, high = posterior(sf.col(name).cast("double"), sf.col("trials"), prior)
+        columns |= {rate: mean, f"{rate}_low": low, f"{rate}_high": high}
+    return joined.withColumns(columns).drop(*names)
+
+
+def _looks(counts: DataFrame, models: Iterable[ClickModel]) -> DataFrame:
+    rows = [
+        (model.dataset, first, look)
+        for model in models
+        for first, look in zip(model.first_position_K, model.examination_K, strict=True)
+    ]
+    return counts.sparkSession.createDataFrame(rows, "dataset string, first int, look double")
+
+
+def _strata(pairs: DataFrame, num_strata: int) -> DataFrame:
+    """Each query's breadth and its stratum: 1 (narrow) to `num_strata`; 0 and no breadth with fewer than two clicks.
+
+    Breadth is the number of products over which clicks would have to be spread evenly for two of them to meet as often
+    as they do: 1 / P(two clicks are on one product), estimated without bias from any number of clicks (Simpson 1949).
+    """
+    clicks = sf.col("clicks")
+    met = sf.sum(clicks * (clicks - 1))
+    both = sf.sum(clicks) * (sf.sum(clicks) - 1)
+    queries = pairs.groupBy(*QUERY_KEY).agg(sf.when(both > 0, both / sf.greatest(met, sf.lit(1))).alias("breadth"))
+    if num_strata == 1:
+        return queries.withColumn("stratum", sf.when(sf.col("breadth").isNotNull(), 1).otherwise(_UNKNOWN))
+    shares: Sequence[float] = [place / num_strata for place in range(1, num_strata)]
+    bounds = queries.groupBy("dataset").agg(sf.percentile_approx("breadth", list(shares), 10_000).alias("bounds"))
+    above = sf.size(sf.filter("bounds", lambda bound: bound < sf.col("breadth")))
+    stratum = sf.when(sf.col("breadth").isNull(), _UNKNOWN).otherwise(1 + above)
+    return queries.join(sf.broadcast(bounds), on="dataset", how="left").select(
+        *QUERY_KEY, "breadth", stratum.cast("int").alias("stratum")
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from conf.load import meaning, settings
@@ -44,26 +45,74 @@ class ConsensusRecipe:
 
 
 @settings
+class ClickModelRecipe:
+    """How the position-based click model is fitted."""
+
+    first_positions: Annotated[
+        tuple[int, ...],
+        meaning("first place of each bin of places that shoppers look at alike; from 1, rising", "rank"),
+    ] = (*range(1, 11), 11, 13, 16, 21, 31, 51)
+    min_clicks: Annotated[
+        int, meaning("a data set with fewer is not fitted: all places count as seen", "clicks", ge=1)
+    ] = 100
+    tolerance: Annotated[float, meaning("largest change of an examination in the last round", gt=0)] = 1e-5
+    max_rounds: Annotated[int, meaning("of expectation and maximisation", "rounds", ge=1)] = 200
+
+    def __post_init__(self) -> None:
+        firsts = self.first_positions
+        if not firsts or firsts[0] != 1 or any(later <= first for first, later in pairwise(firsts)):
+            raise ValueError(f"first_positions={list(firsts)}: expected rising places, the first of them 1")
+
+
+@settings
 class EngagementRecipe:
     """How behaviour is corrected for position."""
 
     prior_clicks: Annotated[
         float, meaning("clicks added to the clicks and the expected clicks; pulls rare pairs to 1", "clicks", gt=0)
     ] = 1.0
+    click_model: ClickModelRecipe = ClickModelRecipe()
+    num_strata: Annotated[int, meaning("classes of queries by breadth, as many queries in each", ge=1)] = 3
+    min_pairs_per_class: Annotated[
+        int, meaning("a class with fewer pairs takes the prior of its data set", "pairs", ge=1)
+    ] = 200
 
 
 @settings
 class AuditRecipe:
-    """When behaviour contradicts a grade."""
+    """When a human grade is in doubt."""
 
-    min_impressions: Annotated[int, meaning("pairs shown less often are not judged by behaviour", "events", ge=1)] = 20
+    min_impressions: Annotated[
+        int, meaning("by the two rules on behaviour alone, pairs shown less often are not judged", "events", ge=1)
+    ] = 20
     min_clicks: Annotated[int, meaning("fewest clicks of a loved pair", "events", ge=1)] = 3
     loved_quantile: Annotated[
-        float, meaning("a pair is loved above this quantile of its data set's corrected rates", "0..1", gt=0, lt=1)
+        float, meaning("a pair is loved above this quantile of the click rates of its data set and stratum", gt=0, lt=1)
     ] = 0.8
     ignored_quantile: Annotated[
-        float, meaning("a pair is ignored below this quantile of its data set's corrected rates", "0..1", gt=0, lt=1)
+        float, meaning("a pair is ignored below this quantile of the same click rates", gt=0, lt=1)
     ] = 0.2
+    min_wrong_probability: Annotated[
+        float, meaning("a grade more probably wrong is doubtful, whatever rule it meets", "0..1", gt=0, le=1)
+    ] = 0.2
+    error_rate: Annotated[
+        float, meaning("share of pairs whose raters are wrong by what they have in common", "0..1", gt=0, lt=1)
+    ] = 0.05
+    mark_error_rate: Annotated[
+        float, meaning("share of single marks that are wrong beside it", "0..1", gt=0, lt=0.6)
+    ] = 0.1
+    look_levels: Annotated[
+        tuple[float, ...], meaning("looks from which a click rate counts as better known", "looks", min_length=1)
+    ] = (0.001, 3.0, 8.0, 20.0, 60.0)
+    click_levels: Annotated[
+        tuple[float, ...], meaning("clicks from which a cart rate counts as better known", "clicks", min_length=1)
+    ] = (1.0, 3.0, 6.0, 15.0)
+    prior_pairs: Annotated[
+        float, meaning("average pairs added to what is known of each witness' finding", "pairs", gt=0)
+    ] = 20.0
+    traffic_exponent: Annotated[
+        float, meaning("priority grows by this power of the impressions; 0: all pairs are worth the same", ge=0, le=1)
+    ] = 0.0
 
     def __post_init__(self) -> None:
         if self.ignored_quantile > self.loved_quantile:

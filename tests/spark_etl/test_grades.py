@@ -1,14 +1,13 @@
-"""Consensus, engagement and audit against values worked out by hand."""
+"""Consensus and engagement against values worked out by hand."""
 
 from datetime import UTC, datetime
-from math import log
 
 import pytest
 
-from spark_etl.audit import find_conflicts
+from spark_etl.click_model import fit_click_models
 from spark_etl.consensus import build_consensus, with_verdicts
-from spark_etl.engagement import build_engagement
-from spark_etl.recipes import AuditRecipe, ConsensusRecipe, EngagementRecipe
+from spark_etl.engagement import build_engagement, count_places
+from spark_etl.recipes import ConsensusRecipe, EngagementRecipe
 
 PAIR = "dataset string, query_id string, product_id string"
 
@@ -73,11 +72,10 @@ def test_corrected_rate_is_clicks_over_expected_clicks(spark):
     rows = [("d", "q", product, "impression", position) for product, position in shown]
     rows += [("d", "q", product, "click", position) for product, position in clicked]
     rows += [("d", "q", "a", "cart", 1), ("d", "q", "a", "purchase", 1), ("other", "q", "a", "impression", 1)]
-    frame = spark.createDataFrame(rows, f"{PAIR}, kind string, position int")
-    found = {
-        (row["dataset"], row["product_id"]): row
-        for row in build_engagement(frame, EngagementRecipe(prior_clicks=2.0)).collect()
-    }
+    counts = count_places(spark.createDataFrame(rows, f"{PAIR}, kind string, position int"))
+    recipe = EngagementRecipe(prior_clicks=2.0)
+    models = fit_click_models(counts, recipe.click_model)
+    found = {(row["dataset"], row["product_id"]): row for row in build_engagement(counts, models, recipe).collect()}
     first, second, other = found["d", "a"], found["d", "b"], found["other", "a"]
     assert (first["impressions"], first["clicks"], first["carts"], first["purchases"]) == (4, 2, 1, 1)
     assert first["expected_clicks"] == pytest.approx(3 * 0.5 + 0.25, abs=1e-12)
@@ -85,26 +83,13 @@ def test_corrected_rate_is_clicks_over_expected_clicks(spark):
     assert second["expected_clicks"] == pytest.approx(0.5 + 3 * 0.25, abs=1e-12)
     assert second["corrected_rate"] == pytest.approx((1 + 2) / (1.25 + 2), abs=1e-12)
     assert (other["expected_clicks"], other["corrected_rate"]) == (0.0, 1.0)
-
-
-def test_conflicts_are_loved_irrelevant_and_ignored_exact_pairs(spark):
-    """Of the six rates shown often, the .4 quantile is the third (1.0), the .6 quantile the fourth (1.1)."""
-    rates = {"ignored2": 0.1, "ignored0": 0.2, "mid": 1.0, "mid2": 1.1, "loved0": 4.0, "loved2": 5.0, "rare": 9.0}
-    engagement = [
-        ("d", "q", name, 5 if name == "rare" else 100, 1 if name.startswith("ignored") else 8, 0, 0, 2.0, rate)
-        for name, rate in rates.items()
+    assert [(model.dataset, model.examination_K, model.converged) for model in models] == [
+        ("d", (1.0, 1.0), False),
+        ("other", (1.0,), False),
     ]
-    frame = spark.createDataFrame(
-        engagement,
-        f"{PAIR}, impressions bigint, clicks bigint, carts bigint, purchases bigint, "
-        "expected_clicks double, corrected_rate double",
-    )
-    grades = {"ignored2": 2, "ignored0": 0, "mid": 0, "mid2": 2, "loved0": 0, "loved2": 2, "rare": 0}
-    judged = spark.createDataFrame([("d", "q", *item) for item in grades.items()], f"{PAIR}, grade tinyint")
-    recipe = AuditRecipe(min_impressions=10, min_clicks=2, loved_quantile=0.6, ignored_quantile=0.4)
-    found = {row["product_id"]: row for row in find_conflicts(frame, judged, recipe).collect()}
-    assert {name: row["kind"] for name, row in found.items()} == {
-        "ignored2": "ignored_but_exact",
-        "loved0": "loved_but_irrelevant",
-    }
-    assert found["ignored2"]["priority"] == pytest.approx(abs(log(0.1)) * 10, abs=1e-9)
+    assert first["examinations"] == 4.0
+    assert (first["breadth"], other["breadth"]) == (
+        3.0,
+        None,
+    )  # 3 x 2 ordered pairs of clicks, 2 of them on one product
+    assert other["stratum"] == 0
