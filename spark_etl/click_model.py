@@ -4,7 +4,7 @@ P(click | query, product, place k) = examination_k x attraction of the pair, fit
 (Craswell et al. 2008; Chuklin, Markov and de Rijke 2015, ch. 3 and 4). Only counts per pair and place are needed, which
 add up over days. Each round finds every pair's attraction for the examinations at hand from the counts alone, by
 Halley's method under the data set's Beta prior, and from it the expected looks at each place. So no state but the few
-examinations goes from round to round: counts are kept in memory once, and the plan stays as short as in the first round.
+examinations goes from round to round: counts are kept in memory once, and the plan stays as short as at first.
 
 Shapes: K bins of places.
 """
