@@ -231,11 +231,15 @@ ENGAGEMENT = TableSpec(
             "events",
         ),
         Column("corrected_rate", FLOAT64, "(clicks + prior) / (expected clicks + prior); 1 is average"),
-        Column("examinations", FLOAT64, "impressions by how often shoppers look at their places", "looks"),
+        Column(
+            "examinations", FLOAT64, "impressions by how often shoppers look at their places", "looks", nullable=True
+        ),
         Column("breadth", FLOAT64, "products over which the query's clicks spread", "products", nullable=True),
-        Column("stratum", INT32, "class of the query by breadth, 1 the narrowest; 0: fewer than two clicks"),
+        Column(
+            "stratum", INT32, "class of the query by breadth, 1 the narrowest; 0: fewer than two clicks", nullable=True
+        ),
         *(
-            Column(name, FLOAT64, f"{what} per look, {told}", "0..1")
+            Column(name, FLOAT64, f"{what} per look, {told}", "0..1", nullable=True)
             for rate, what in (("click_rate", "clicks"), ("cart_rate", "carts"), ("purchase_rate", "purchases"))
             for name, told in (
                 (rate, "drawn to the mean of the query's class"),
@@ -256,11 +260,12 @@ AUDIT_CONFLICT = TableSpec(
             "kind", STRING, "first rule met: loved_but_irrelevant, ignored_but_exact, labeller_disagrees or doubtful"
         ),
         _grade("the human grade in doubt"),
-        Column("num_marks", INT32, "raters behind it", "raters"),
-        Column("impressions", INT64, "times shown", "events", nullable=True),
-        Column("clicks", INT64, "clicks", "events", nullable=True),
-        Column("purchases", INT64, "purchases", "events", nullable=True),
-        Column("stratum", INT32, "class of the query by breadth, 1 the narrowest; 0: unknown"),
+        Column("num_marks", INT32, "raters behind it", "raters", nullable=True),
+        Column("impressions", INT64, "times shown", "events"),
+        Column("clicks", INT64, "clicks", "events"),
+        Column("purchases", INT64, "purchases", "events"),
+        Column("corrected_rate", FLOAT64, "clicks over expected clicks; 1 is average, and for a pair nobody saw"),
+        Column("stratum", INT32, "class of the query by breadth, 1 the narrowest; 0: unknown", nullable=True),
         Column("click_rate", FLOAT64, "clicks per look", "0..1", nullable=True),
         Column("click_rate_low", FLOAT64, "lower end of its 95 % interval", "0..1", nullable=True),
         Column("click_rate_high", FLOAT64, "upper end of its 95 % interval", "0..1", nullable=True),
@@ -269,11 +274,11 @@ AUDIT_CONFLICT = TableSpec(
             for grade in range(3)
         ),
         *(
-            Column(f"posterior_{grade}", FLOAT64, f"probability of {grade} from all evidence", "0..1")
+            Column(f"posterior_{grade}", FLOAT64, f"probability of {grade} from all evidence", "0..1", nullable=True)
             for grade in range(3)
         ),
-        Column("wrong_probability", FLOAT64, "of the other grades together", "0..1"),
-        Column("expected_change", FLOAT64, "mean distance to the true grade", "steps"),
+        Column("wrong_probability", FLOAT64, "of the other grades together", "0..1", nullable=True),
+        Column("expected_change", FLOAT64, "mean distance to the true grade", "steps", nullable=True),
         Column("priority", FLOAT64, "what a review is worth, larger first: expected change by traffic"),
     ),
     checks=(_GRADE_CHECK,),

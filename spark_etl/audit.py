@@ -78,6 +78,7 @@ def find_conflicts(scored: DataFrame, recipe: AuditRecipe) -> DataFrame:
     return (
         judged.withColumns({"kind": kind, "priority": sf.col("expected_change") * traffic})
         .where(sf.col("kind").isNotNull())
+        .fillna({"impressions": 0, "clicks": 0, "purchases": 0, "corrected_rate": 1.0})
         .select(*AUDIT_CONFLICT.column_names)
     )
 

@@ -9,7 +9,7 @@ from spark_etl.recipes import AuditRecipe
 PAIR = "dataset string, query_id string, product_id string"
 CONSENSUS = f"{PAIR}, grade tinyint, num_marks int, at_least_1 double, at_least_2 double"
 ENGAGEMENT = (
-    f"{PAIR}, impressions bigint, clicks bigint, carts bigint, purchases bigint, examinations double, stratum int, "
+    f"{PAIR}, impressions bigint, clicks bigint, carts bigint, purchases bigint, corrected_rate double, examinations double, stratum int, "
     "click_rate double, click_rate_low double, click_rate_high double"
 )
 LABELLER = f"{PAIR}, p0 double, p1 double, p2 double"
@@ -24,7 +24,7 @@ def judged(spark, rows):
 def seen(spark, rows):
     """Rows of (product, impressions, clicks, carts, click_rate)."""
     full = [
-        ("d", "q", name, shown, clicks, carts, 0, float(shown), 1, rate, rate / 2, rate * 2)
+        ("d", "q", name, shown, clicks, carts, 0, 1.0, float(shown), 1, rate, rate / 2, rate * 2)
         for name, shown, clicks, carts, rate in rows
     ]
     return spark.createDataFrame(full, ENGAGEMENT)
