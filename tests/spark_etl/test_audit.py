@@ -9,8 +9,8 @@ from spark_etl.recipes import AuditRecipe
 PAIR = "dataset string, query_id string, product_id string"
 CONSENSUS = f"{PAIR}, grade tinyint, num_marks int, at_least_1 double, at_least_2 double"
 ENGAGEMENT = (
-    f"{PAIR}, impressions bigint, clicks bigint, carts bigint, purchases bigint, corrected_rate double, examinations double, stratum int, "
-    "click_rate double, click_rate_low double, click_rate_high double"
+    f"{PAIR}, impressions bigint, clicks bigint, carts bigint, purchases bigint, corrected_rate double, "
+    "examinations double, stratum int, click_rate double, click_rate_low double, click_rate_high double"
 )
 LABELLER = f"{PAIR}, p0 double, p1 double, p2 double"
 
