@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Annotated, Literal
 
 from conf.load import meaning, settings
@@ -60,7 +59,7 @@ class ClickModelRecipe:
 
     def __post_init__(self) -> None:
         firsts = self.first_positions
-        if not firsts or firsts[0] != 1 or any(later <= first for first, later in pairwise(firsts)):
+        if not firsts or firsts[0] != 1 or list(firsts) != sorted(set(firsts)):
             raise ValueError(f"first_positions={list(firsts)}: expected rising places, the first of them 1")
 
 
