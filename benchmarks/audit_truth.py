@@ -127,14 +127,9 @@ def measure(lake: Lake, truth: Path) -> dict[str, float]:
     """What the audit, and each of its signals alone, found; and how near behaviour came to the truth."""
     judged = tables.rows(lake, ANNOTATION_CONSENSUS).to_pylist()
     pairs = [(row["query_id"], row["product_id"]) for row in judged]
-    true = _by_pair(pq.read_table(truth / "pair_grade.parquet").to_pylist(), "grade")
-    planted = {
-        (row["query_id"], row["product_id"]) for row in pq.read_table(truth / "planted_error.parquet").to_pylist()
-    }
-    engagement = tables.rows(lake, ENGAGEMENT).to_pylist()
-    seen = {(row["query_id"], row["product_id"]): row for row in engagement}
-    conflicts = {(row["query_id"], row["product_id"]): row for row in tables.rows(lake, AUDIT_CONFLICT).to_pylist()}
-    said = {(row["query_id"], row["product_id"]): row for row in tables.rows(lake, LABELLER_OOF).to_pylist()}
+    true = {pair: row["grade"] for pair, row in by_pair(pq.read_table(truth / "pair_grade.parquet")).items()}
+    planted = by_pair(pq.read_table(truth / "planted_error.parquet"))
+    seen, conflicts, said = (by_pair(tables.rows(lake, spec)) for spec in (ENGAGEMENT, AUDIT_CONFLICT, LABELLER_OOF))
     grade_R = np.array([row["grade"] for row in judged])
     is_planted_R = np.array([pair in planted for pair in pairs])
     is_wrong_R = grade_R != np.array([true.get(pair, 0) for pair in pairs])
@@ -157,16 +152,16 @@ def measure(lake: Lake, truth: Path) -> dict[str, float]:
     result["ratio_best_single"] = result["audit"] / max(result[name] for name in ("behaviour", "labeller", "raters"))
     look = {row["first_position"]: row["examination"] for row in tables.rows(lake, CLICK_MODEL).to_pylist()}
     result["examination_error"] = max(abs(look[place] * place**POSITION_BIAS - 1) for place in range(1, 11))
-    return result | _correlations(engagement, true)
+    return result | _correlations(seen, true)
 
 
-def _correlations(engagement: Sequence[Mapping[str, Any]], true: Mapping[Pair, int]) -> dict[str, float]:
+def _correlations(seen: Mapping[Pair, Mapping[str, Any]], true: Mapping[Pair, int]) -> dict[str, float]:
     """Spearman's correlation with the true grade: of clicks per impression and of clicks per look."""
     from scipy.stats import spearmanr
 
-    grade = [true.get((row["query_id"], row["product_id"]), 0) for row in engagement]
-    raw = [row["clicks"] / max(row["impressions"], 1) for row in engagement]
-    rates = {"raw_click_rate": raw, "click_rate": [row["click_rate"] for row in engagement]}
+    grade = [true.get(pair, 0) for pair in seen]
+    raw = [row["clicks"] / max(row["impressions"], 1) for row in seen.values()]
+    rates = {"raw_click_rate": raw, "click_rate": [row["click_rate"] for row in seen.values()]}
     return {f"spearman_{name}": float(spearmanr(values, grade).statistic) for name, values in rates.items()}
 
 
@@ -174,8 +169,9 @@ def _evidence(row: Mapping[str, Any]) -> float:
     return float(abs(np.log(row["corrected_rate"])) * np.sqrt(row["impressions"]))
 
 
-def _by_pair(rows: Sequence[Mapping[str, Any]], name: str) -> dict[Pair, Any]:
-    return {(row["query_id"], row["product_id"]): row[name] for row in rows}
+def by_pair(rows: pa.Table) -> dict[Pair, dict[str, Any]]:
+    """Rows by query and product."""
+    return {(row["query_id"], row["product_id"]): row for row in rows.to_pylist()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

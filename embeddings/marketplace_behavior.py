@@ -175,9 +175,7 @@ def _search(
     row_SM, grade_SM = pools.row_QM[query_S], pools.grade_QM[query_S]
     effect_SM = recipe.popularity_effect * pools.popularity_QM[query_S]
     uniform_SM = draw(recipe.seed, "rank", session_S, row_SM.shape[1])
-    noise_SM = recipe.rank_noise * _gumbel(uniform_SM)
-    if recipe.ranker_error:
-        noise_SM = noise_SM + recipe.ranker_error * pools.standing_QM[query_S]
+    noise_SM = recipe.rank_noise * _gumbel(uniform_SM) + recipe.ranker_error * pools.standing_QM[query_S]
     score_SM = np.where(row_SM >= 0, 0.6 * grade_SM + effect_SM + noise_SM, -np.inf)
     order_SV = np.argsort(-score_SM, axis=1)[:, : recipe.results_per_session]
     shown_SV = np.take_along_axis(row_SM, order_SV, axis=1)

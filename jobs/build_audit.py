@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from conf.load import meaning, settings
-from embeddings.labeller import load_labeller_card
 from jobs import job, labelling
-from lake.runs import Run, RunRecord
+from lake.runs import RunRecord
 from lake.schemas import AUDIT_CONFLICT
 from lake.spark import SparkPlacement
 from spark_etl.recipes import AuditRecipe
@@ -55,7 +54,8 @@ def run(config: Config) -> RunRecord:
     tables = lake_spark.pinned_rows(spark, current.lake, current.inputs)
     labeller = None
     if "labeller_oof" in tables:
-        labeller = grades_out_of_fold(tables["labeller_oof"], _fingerprint(current, config.inputs.labeller))
+        fingerprint = labelling.labeller_fingerprint(current.lake, config.inputs.labeller)
+        labeller = grades_out_of_fold(tables["labeller_oof"], fingerprint)
     scored = score_pairs(tables["engagement"], tables["annotation_consensus"], config.recipe, labeller).persist()
     conflicts = find_conflicts(scored, config.recipe).persist()
     by_kind = lake_spark.count_by(conflicts, "kind")
@@ -63,13 +63,6 @@ def run(config: Config) -> RunRecord:
     conflicts.unpersist()
     scored.unpersist()
     return current.finish(rows=sum(by_kind.values()), outputs={AUDIT_CONFLICT.name: written}, counts=by_kind)
-
-
-def _fingerprint(current: Run, folder: str) -> str:
-    """That of the labeller in the folder; empty for no folder."""
-    if not folder:
-        return ""
-    return load_labeller_card(labelling.labeller_folder(current.lake, folder, "inputs.labeller")).fingerprint
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from conf.load import ConfigError, meaning, settings
-from embeddings.labeller import load_labeller_card
 from jobs import job, labelling
 from lake.runs import Run, RunRecord
 from lake.schemas import TRAINING_INSTANCE
@@ -84,18 +83,11 @@ def run(config: Config) -> RunRecord:
 def _with_labeller(config: Config, current: Run) -> InstancesRecipe:
     """The recipe with the fingerprints of the labellers that the inputs name."""
 
-    def fingerprint(name: str, otherwise: str) -> str:
-        value = getattr(config.inputs, name)
-        if not value:
-            return otherwise
-        return load_labeller_card(labelling.labeller_folder(current.lake, value, f"inputs.{name}")).fingerprint
+    def fingerprint(name: str) -> str:
+        named = labelling.labeller_fingerprint(current.lake, getattr(config.inputs, name), f"inputs.{name}")
+        return named or getattr(config.recipe, name)
 
-    recipe = config.recipe
-    return dataclasses.replace(
-        recipe,
-        labeller=fingerprint("labeller", recipe.labeller),
-        stronger=fingerprint("stronger", recipe.stronger),
-    )
+    return dataclasses.replace(config.recipe, labeller=fingerprint("labeller"), stronger=fingerprint("stronger"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

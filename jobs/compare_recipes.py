@@ -60,6 +60,9 @@ class ComparedStage:
     leave_out: train_encoder.LeftOut = ()
     filtered_negatives: train_encoder.FilteredNegatives = train_encoder.FilteredNegatives()
 
+    def __post_init__(self) -> None:
+        train_encoder.check_left_out(self.leave_out)
+
 
 @settings
 class ComparedRecipe:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from conf.load import ConfigError
 from embeddings.calibration import probabilities_of
+from embeddings.labeller import load_labeller_card
 from embeddings.text import normalise_query
 from jobs import job, models
 from lake import tables
@@ -162,6 +163,15 @@ def labeller_folders(lake: Lake, inputs: Any) -> tuple[str, str]:
     """
     stronger = labeller_folder(lake, inputs.stronger, "inputs.stronger") if inputs.stronger else ""
     return labeller_folder(lake, inputs.labeller), stronger
+
+
+def labeller_fingerprint(lake: Lake, value: str, key: str = "inputs.labeller") -> str:
+    """The fingerprint of the labeller in the folder that a setting names; empty for an empty setting.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    return load_labeller_card(labeller_folder(lake, value, key)).fingerprint if value else ""
 
 
 def labeller_folder(lake: Lake, value: str, key: str = "inputs.labeller") -> str:

@@ -18,12 +18,11 @@ from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as sf
 
 from lake.schemas import AUDIT_CONFLICT, Grade
+from spark_etl.quantiles import ACCURACY, as_data, with_part
 from spark_etl.recipes import AuditRecipe
 
 PAIR = ("dataset", "query_id", "product_id")
 GRADES = tuple(int(grade) for grade in Grade)
-_ACCURACY = 10_000
-"""Of percentile_approx: quantiles are exact up to so many distinct values per class."""
 _LABELLER = ("p0", "p1", "p2")
 _POSTERIOR = tuple(f"posterior_{grade}" for grade in GRADES)
 
@@ -49,8 +48,8 @@ def find_conflicts(scored: DataFrame, recipe: AuditRecipe) -> DataFrame:
         scored.where(is_shown)
         .groupBy(*by_class)
         .agg(
-            sf.percentile_approx("click_rate", recipe.loved_quantile, _ACCURACY).alias("loved_above"),
-            sf.percentile_approx("click_rate", recipe.ignored_quantile, _ACCURACY).alias("ignored_below"),
+            sf.percentile_approx("click_rate", recipe.loved_quantile, ACCURACY).alias("loved_above"),
+            sf.percentile_approx("click_rate", recipe.ignored_quantile, ACCURACY).alias("ignored_below"),
         )
     )
     sure_of = [sf.avg(sf.when(sf.col("grade") == grade, sf.col(f"p{grade}"))) for grade in GRADES]
@@ -173,18 +172,10 @@ def _with_cell(frame: DataFrame, witness: _Witness) -> DataFrame:
 
     A class is a data set, stratum and level; a missing value is in a cell of its own.
     """
-    keys = ["dataset", "stratum", "level"]
     valued = frame.withColumns({"value": witness.value, "level": witness.level})
-    shares = [place / witness.num_parts for place in range(1, witness.num_parts)]
-    bounds = _kept(
-        valued.where("value IS NOT NULL")
-        .groupBy(*keys)
-        .agg(sf.percentile_approx("value", shares, _ACCURACY).alias("bounds"))
-    )
-    above = sf.size(sf.filter("bounds", lambda bound: bound < sf.col("value")))
-    cell = sf.when(sf.col("value").isNull(), -1).otherwise(sf.col("level") * witness.num_parts + above)
-    joined = valued.join(sf.broadcast(bounds), on=keys, how="left")
-    return joined.withColumn(witness.name, cell).drop("value", "level", "bounds")
+    parted = with_part(valued, "part", "value", ["dataset", "stratum", "level"], witness.num_parts)
+    cell = sf.coalesce(sf.col("level") * witness.num_parts + sf.col("part"), sf.lit(-1))
+    return parted.withColumn(witness.name, cell).drop("value", "level", "part")
 
 
 def _lifts(frame: DataFrame, name: str, recipe: AuditRecipe) -> DataFrame:
@@ -197,7 +188,7 @@ def _lifts(frame: DataFrame, name: str, recipe: AuditRecipe) -> DataFrame:
     )
     dataset = Window.partitionBy("dataset")
     share = sf.col("size") / sf.sum("size").over(dataset)
-    return _kept(
+    return as_data(
         cells.select(
             "dataset",
             name,
@@ -211,8 +202,3 @@ def _lifts(frame: DataFrame, name: str, recipe: AuditRecipe) -> DataFrame:
             ),
         )
     )
-
-
-def _kept(small: DataFrame) -> DataFrame:
-    """A small frame as data, without what it was found from."""
-    return small.sparkSession.createDataFrame(small.collect(), small.schema)

@@ -145,6 +145,9 @@ def _fit(
             clicks_K[0],
         )
         return ClickModel(dataset, first_K, (1.0,) * len(first_K), shown_K, clicks_K, Prior(1.0, 1.0), (), False)
+    examination_K = _held(rate / rates_K[0] for rate in rates_K)
+    looks = sf.create_map(*(sf.lit(one) for both in zip(first_K, examination_K, strict=True) for one in both))
+    look = sf.element_at(looks, sf.col("first"))
     missed = [
         sf.sum(sf.when(sf.col("first") == first, sf.col("shown") - sf.col("clicks")).otherwise(0)).cast("double")
         for first in first_K
@@ -153,14 +156,15 @@ def _fit(
         binned.groupBy(*PAIR)
         .agg(
             sf.sum("clicks").cast("double").alias("clicked"),
+            sf.sum(sf.col("shown") * look).alias("trials"),
+            sf.sum(sf.col("shown") * look * look).alias("squares"),
             *(one.alias(f"missed_{place}") for place, one in enumerate(missed)),
         )
         .drop(*PAIR)
         .persist()
     )
     try:
-        examination_K = _held(rate / rates_K[0] for rate in rates_K)
-        prior = fit_priors(_exposed(binned, first_K, examination_K), ["clicks"])[()]["clicks"]
+        prior = fit_priors(pairs, ["clicked"])[()]["clicked"]
         fit = _Fit(pairs, shown_K, clicks_K, prior)
         examination_K, rounds = _iterate(fit, examination_K, recipe)
     finally:
@@ -169,19 +173,6 @@ def _fit(
     told = "converged" if converged else "stopped before it converged; raise recipe.click_model.max_rounds"
     logger.info("click model of %s: %d rounds, %s", dataset, len(rounds), told)
     return ClickModel(dataset, first_K, tuple(examination_K), shown_K, clicks_K, prior, tuple(rounds), converged)
-
-
-def _exposed(binned: DataFrame, first_K: Sequence[int], examination_K: Sequence[float]) -> DataFrame:
-    """Clicks, looks and squared looks of each pair."""
-    look = sf.element_at(
-        sf.create_map(*(sf.lit(one) for both in zip(first_K, examination_K, strict=True) for one in both)),
-        sf.col("first"),
-    )
-    return binned.groupBy(*PAIR).agg(
-        sf.sum("clicks").alias("clicks"),
-        sf.sum(sf.col("shown") * look).alias("trials"),
-        sf.sum(sf.col("shown") * look * look).alias("squares"),
-    )
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ to the mean of their class of queries, since broad queries spread their clicks o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as sf
 
 from spark_etl.click_model import PAIR, ClickModel, bin_of
+from spark_etl.quantiles import with_part
 from spark_etl.recipes import EngagementRecipe
 from spark_etl.shrinkage import fit_priors, posterior
 
@@ -46,16 +47,23 @@ def build_engagement(counts: DataFrame, models: Iterable[ClickModel], recipe: En
     placed = placed.withColumn("first", bin_of(sf.col("position"), recipe.click_model))
     placed = placed.join(sf.broadcast(_looks(counts, models)), on=["dataset", "first"], how="left")
     look, shown = sf.coalesce("look", sf.lit(1.0)), sf.greatest("impressions", "clicks")
-    pairs = placed.groupBy(*PAIR).agg(
-        *(sf.sum(name).alias(name) for name in _COUNTS.values()),
-        sf.sum(sf.col("impressions") * sf.coalesce("mean_rate", sf.lit(0.0))).alias("expected_clicks"),
-        sf.sum(shown * look).alias("trials"),
-        sf.sum(shown * look * look).alias("squares"),
+    pairs = (
+        placed.groupBy(*PAIR)
+        .agg(
+            *(sf.sum(name).alias(name) for name in _COUNTS.values()),
+            sf.sum(sf.col("impressions") * sf.coalesce("mean_rate", sf.lit(0.0))).alias("expected_clicks"),
+            sf.sum(shown * look).alias("trials"),
+            sf.sum(shown * look * look).alias("squares"),
+        )
+        .persist()
     )
     prior_clicks = sf.lit(recipe.prior_clicks)
     corrected = (sf.col("clicks") + prior_clicks) / (sf.col("expected_clicks") + prior_clicks)
-    stratified = pairs.join(_strata(pairs, recipe.num_strata), on=list(QUERY_KEY), how="inner")
-    found = with_rates(stratified.withColumn("corrected_rate", corrected), recipe.min_pairs_per_class)
+    try:
+        stratified = pairs.join(_strata(pairs, recipe.num_strata), on=list(QUERY_KEY), how="inner")
+        found = with_rates(stratified.withColumn("corrected_rate", corrected), recipe.min_pairs_per_class)
+    finally:
+        pairs.unpersist()
     return found.withColumnRenamed("trials", "examinations").drop("squares")
 
 
@@ -66,17 +74,8 @@ def with_rates(pairs: DataFrame, min_pairs: int) -> DataFrame:
         pairs: dataset, stratum, trials, squares and the columns of RATES.
         min_pairs: a class with fewer pairs takes the prior of its data set.
     """
-    sizes = {
-        (row["dataset"], row["stratum"]): row["count"] for row in pairs.groupBy("dataset", "stratum").count().collect()
-    }
-    of_class = fit_priors(pairs, list(RATES), ("dataset", "stratum"))
-    of_dataset = fit_priors(pairs, list(RATES), ("dataset",))
-    rows = []
-    for (dataset, stratum), size in sizes.items():
-        chosen = of_class.get((dataset, stratum)) if size >= min_pairs else None
-        chosen = chosen or of_dataset.get((dataset,))
-        if chosen:
-            rows.append((dataset, stratum, *(value for name in RATES for value in chosen[name])))
+    found = fit_priors(pairs, list(RATES), ("dataset", "stratum"), min_pairs=min_pairs)
+    rows = [(*key, *(value for name in RATES for value in priors[name])) for key, priors in found.items()]
     names = [f"{name}_{end}" for name in RATES for end in ("hits", "misses")]
     schema = ", ".join(["dataset string", "stratum int", *(f"{name} double" for name in names)])
     priors = pairs.sparkSession.createDataFrame(rows, schema)
@@ -107,13 +106,8 @@ def _strata(pairs: DataFrame, num_strata: int) -> DataFrame:
     clicks = sf.col("clicks")
     met = sf.sum(clicks * (clicks - 1))
     both = sf.sum(clicks) * (sf.sum(clicks) - 1)
-    queries = pairs.groupBy(*QUERY_KEY).agg(sf.when(both > 0, both / sf.greatest(met, sf.lit(1))).alias("breadth"))
-    if num_strata == 1:
-        return queries.withColumn("stratum", sf.when(sf.col("breadth").isNotNull(), 1).otherwise(_UNKNOWN))
-    shares: Sequence[float] = [place / num_strata for place in range(1, num_strata)]
-    bounds = queries.groupBy("dataset").agg(sf.percentile_approx("breadth", list(shares), 10_000).alias("bounds"))
-    above = sf.size(sf.filter("bounds", lambda bound: bound < sf.col("breadth")))
-    stratum = sf.when(sf.col("breadth").isNull(), _UNKNOWN).otherwise(1 + above)
-    return queries.join(sf.broadcast(bounds), on="dataset", how="left").select(
-        *QUERY_KEY, "breadth", stratum.cast("int").alias("stratum")
+    breadth = sf.when(both > 0, both / sf.greatest(met, sf.lit(1)))
+    queries = with_part(
+        pairs.groupBy(*QUERY_KEY).agg(breadth.alias("breadth")), "part", "breadth", ["dataset"], num_strata
     )
+    return queries.select(*QUERY_KEY, "breadth", sf.coalesce(sf.col("part") + 1, sf.lit(_UNKNOWN)).alias("stratum"))

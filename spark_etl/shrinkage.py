@@ -6,9 +6,12 @@ distribution. Impressions at places that shoppers look at less count as part of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as sf
 
@@ -16,6 +19,8 @@ _STRENGTHS = (0.5, 1e5)
 """Looks that a prior may be worth: where rates hardly differ moments give any number, or none."""
 _Z = 1.959964
 """Of a 95 % interval."""
+_PAIRS, _TRIALS = 0, 1
+"""Places among a class' sums."""
 
 
 class Prior(NamedTuple):
@@ -26,9 +31,9 @@ class Prior(NamedTuple):
 
 
 def fit_priors(
-    pairs: DataFrame, successes: Sequence[str], by: Sequence[str] = ()
-) -> dict[tuple[Any, ...], Mapping[str, Prior]]:
-    """The prior of each class and kind of success, by the class' values of `by`; classes without a look are left out.
+    pairs: DataFrame, successes: Sequence[str], by: Sequence[str] = (), *, min_pairs: int = 1
+) -> dict[tuple[Any, ...], dict[str, Prior]]:
+    """The prior of each class and kind of success, by the class' values of `by`.
 
     Of successes C, looks E = sum n_k t_k and squares S = sum n_k t_k^2 over impressions n_k at places looked at with
     chance t_k, E[(C - m E)^2] = v (E^2 - S) + m E - m^2 S, which is solved for the variance v of the rates around their
@@ -36,33 +41,34 @@ def fit_priors(
 
     Args:
         pairs: `by` and, one row per pair, `trials`, `squares` and the columns of successes.
+        min_pairs: a class with fewer pairs, or without a look, takes the prior of all classes that share its values but
+            the last; it is left out where they have no look either.
     """
-    of_trials = [sf.sum("trials"), sf.sum("squares"), sf.sum(sf.col("trials") * sf.col("trials"))]
-    of_each = [
-        total
-        for name in successes
-        for total in (
-            sf.sum(name),
-            sf.sum(sf.col(name) * sf.col(name)),
-            sf.sum(sf.col(name) * sf.col("trials")),
-        )
-    ]
-    sums = [total.cast("double").alias(f"sum_{place}") for place, total in enumerate((*of_trials, *of_each))]
-    found: dict[tuple[Any, ...], Mapping[str, Prior]] = {}
-    for row in pairs.groupBy(*by).agg(*sums).collect():
-        trials, squares, trials_2, *rest = (row[f"sum_{place}"] for place in range(len(sums)))
-        if not trials:
-            continue
-        priors = {}
-        for place, name in enumerate(successes):
-            total, total_2, mixed = rest[3 * place : 3 * place + 3]
-            mean = total / trials
-            spread = total_2 - 2 * mean * mixed + mean * mean * trials_2
-            known = trials_2 - squares
-            variance = (spread - total + mean * mean * squares) / known if known > 0 else 0.0
-            priors[name] = prior_of(mean, variance)
-        found[tuple(row[name] for name in by)] = priors
-    return found
+    trials = sf.col("trials")
+    of_each = [total for name in map(sf.col, successes) for total in (name, name * name, name * trials)]
+    totals = [sf.lit(1), trials, sf.col("squares"), trials * trials, *of_each]
+    sums = [sf.sum(total).cast("double").alias(f"sum_{place}") for place, total in enumerate(totals)]
+    rows = pairs.groupBy(*by).agg(*sums).collect()
+    known = {tuple(row[: len(by)]): np.array(row[len(by) :], dtype=float) for row in rows if row[len(by)]}
+    pooled: dict[tuple[Any, ...], NDArray[np.float64]] = defaultdict(lambda: np.zeros(len(sums)))
+    for key, own in known.items():
+        pooled[key[:-1]] += own
+    chosen = {key: own if own[_PAIRS] >= min_pairs and own[_TRIALS] else pooled[key[:-1]] for key, own in known.items()}
+    return {key: _priors(found, successes) for key, found in chosen.items() if found[_TRIALS]}
+
+
+def _priors(sums: NDArray[np.float64], successes: Sequence[str]) -> dict[str, Prior]:
+    """The prior of each kind of success from a class' sums, as `fit_priors` makes them."""
+    _, trials, squares, trials_2, *of_each = sums.tolist()
+    priors = {}
+    for place, name in enumerate(successes):
+        total, total_2, mixed = of_each[3 * place : 3 * place + 3]
+        mean = total / trials
+        spread = total_2 - 2 * mean * mixed + mean * mean * trials_2
+        known = trials_2 - squares
+        variance = (spread - total + mean * mean * squares) / known if known > 0 else 0.0
+        priors[name] = prior_of(mean, variance)
+    return priors
 
 
 def prior_of(mean: float, variance: float) -> Prior:

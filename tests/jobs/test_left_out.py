@@ -2,7 +2,7 @@ import pytest
 
 from conf.load import load_job
 from embeddings.lexical import CatalogText
-from jobs.compare_recipes import Config
+from jobs.compare_recipes import ComparedStage, Config
 from jobs.train_encoder import EncoderTrainingRecipe, train_instance
 
 PRODUCTS = {("shop", name): CatalogText(f"the {name}", name) for name in "abcd"}
@@ -33,10 +33,11 @@ def test_sources_and_grades_of_sources_are_left_out_and_stay_known_as_graded(lea
     assert list(instance.left_out) == left_out
 
 
+@pytest.mark.parametrize("recipe", [EncoderTrainingRecipe, ComparedStage])
 @pytest.mark.parametrize("entry", ["mind", "mined:3", "mined:", ":1"])
-def test_what_is_no_source_is_refused(entry):
+def test_what_is_no_source_is_refused(recipe, entry):
     with pytest.raises(ValueError, match="expected one of expert, human"):
-        EncoderTrainingRecipe(leave_out=(entry,))
+        recipe(leave_out=(entry,))
 
 
 def test_the_ablations_change_one_thing_each():
