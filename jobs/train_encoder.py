@@ -161,7 +161,7 @@ def run(config: Config) -> RunRecord:
     encoder, text = _recipes(config.recipe, start)
     products = _products(current, text)
     rows, validation = labelling.train_instances(current, stage), _validation(current, products)
-    instances = [train_instance(row, products, config.recipe.leave_out) for row in rows]
+    instances = [_train_instance(row, products, config.recipe.leave_out) for row in rows]
     if config.recipe.filtered_negatives.per_query:
         instances = _with_negatives(instances, current, products, config.recipe.filtered_negatives)
     if encoder.length_percentile:
@@ -309,7 +309,7 @@ def _validation(current: Run, products: Products) -> list[Instance]:
     ]
 
 
-def train_instance(row: Mapping[str, Any], products: Products, leave_out: Sequence[str]) -> Instance:
+def _train_instance(row: Mapping[str, Any], products: Products, leave_out: Sequence[str]) -> Instance:
     """The instance of a row without the pairs that `leave_out` names, whose texts it keeps as graded all the same."""
     learned: dict[str, Graded] = {}
     skipped: dict[str, Graded] = {}

@@ -3,7 +3,7 @@ import pytest
 from conf.load import load_job
 from embeddings.lexical import CatalogText
 from jobs.compare_recipes import ComparedStage, Config
-from jobs.train_encoder import EncoderTrainingRecipe, train_instance
+from jobs.train_encoder import EncoderTrainingRecipe, _train_instance
 
 PRODUCTS = {("shop", name): CatalogText(f"the {name}", name) for name in "abcd"}
 ROW = {
@@ -28,7 +28,7 @@ ROW = {
     ],
 )
 def test_sources_and_grades_of_sources_are_left_out_and_stay_known_as_graded(leave_out, learned, left_out):
-    instance = train_instance(ROW, PRODUCTS, leave_out)
+    instance = _train_instance(ROW, PRODUCTS, leave_out)
     assert list(instance.products) == learned
     assert list(instance.left_out) == left_out
 
