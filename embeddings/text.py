@@ -14,6 +14,10 @@ CATEGORY_SEPARATOR = " > "
 """Between the levels of a category path, from the widest to the narrowest."""
 
 _WORD = re.compile(r"[^\W_]+")
+_DOTTED_I = str.maketrans("I\u0130", "\u0131i")
+_INSIDE_WORDS = re.compile(r"['\u2019]|(?<=[0-9]),(?=[0-9]{3})")
+_NO_MEANING = re.compile(r"""(?<![0-9])[./'"\u2019]|[./](?![0-9])""")
+_KEPT_SIGNS = frozenset("%+#&$°./'\"\u2019")
 _FIELDS = ("title", "brand", "category", "description")
 
 
@@ -78,6 +82,33 @@ def rarity(num_texts: int, num_holding: int) -> float:
 def normalise_query(text: str) -> str:
     """The query in NFKC, lower case, with single spaces; the same text on every engine."""
     return _squeeze(unicodedata.normalize("NFKC", text).lower())
+
+
+def normal_form(text: str, locale: str = "") -> str:
+    """What queries are the same by: NFKC, lower case, signs without meaning and repeated blanks removed.
+
+    The same as `spark_etl.queries.normal_form`, by which queries are split and logged queries are found again.
+
+    Args:
+        locale: language tag, for the case of letters (Turkish and Azeri); empty: as in most languages.
+    """
+    composed = unicodedata.normalize("NFKC", text)
+    if locale.replace("_", "-").partition("-")[0].lower() in ("tr", "az"):
+        composed = composed.translate(_DOTTED_I)
+    lower = unicodedata.normalize("NFKC", composed.lower()).replace("\u2044", "/")
+    signs = "".join(map(_sign, _INSIDE_WORDS.sub(_joined, lower)))
+    return " ".join(_NO_MEANING.sub(" ", signs).split()) or lower
+
+
+def _joined(found: re.Match[str]) -> str:
+    """An apostrophe between letters is dropped, a comma too where the pattern takes one."""
+    before, after = found.string[: found.start()][-1:], found.string[found.end() :][:1]
+    return "" if found[0] == "," or (before.isalpha() and after.isalpha()) else found[0]
+
+
+def _sign(char: str) -> str:
+    """A letter, mark, number or sign with a meaning as it is, all else as a blank."""
+    return char if char in _KEPT_SIGNS or unicodedata.category(char)[0] in "LMN" else " "
 
 
 def _squeeze(text: str | None) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from conf.load import ConfigError
 from embeddings.calibration import probabilities_of
 from embeddings.labeller import load_labeller_card
-from embeddings.text import normalise_query
+from embeddings.text import normal_form
 from jobs import job, models
 from lake import tables
 from lake.runs import Run
@@ -97,11 +97,11 @@ def train_queries(current: Run) -> set[tuple[str, str]]:
     names = ["dataset", "query_id", "text", "split"]
     queries = read(current, QUERY, names)
     rows = list(zip(*(queries[name].to_pylist() for name in names), strict=True))
-    held_out = {normalise_query(text) for _, _, text, split in rows if split != "train"}
+    held_out = {normal_form(text) for _, _, text, split in rows if split != "train"}
     return {
         (dataset, query_id)
         for dataset, query_id, text, split in rows
-        if split == "train" and normalise_query(text) not in held_out
+        if split == "train" and normal_form(text) not in held_out
     }
 
 

@@ -1,9 +1,13 @@
 """Raw rows into typed rows: reasons, repetitions, normal form, splits."""
 
 import hashlib
+from unicodedata import ucd_3_2_0
 
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
+from embeddings.text import normal_form as python_normal_form
 from spark_etl.annotations import check_annotations
 from spark_etl.catalog import check_products
 from spark_etl.checked import REPEATED, tally
@@ -84,6 +88,40 @@ def test_normal_form_keeps_signs_that_carry_meaning(spark):
     frame = spark.createDataFrame([(text,) for text in texts], "text string")
     found = {row[0]: row[1] for row in frame.select("text", normal_form(frame["text"]).alias("form")).collect()}
     assert found == texts
+
+
+ASSIGNED = st.characters(exclude_categories=("Cs",)).filter(lambda char: ucd_3_2_0.category(char) != "Cn")
+"""What all Unicode tables know: Java 17, ICU and Python are of different versions, and the oldest lacks new letters."""
+HARD = st.sampled_from(
+    ["I\u0307", "İ", "ı", "ﬁ", "½", "ⅷ", "Σ", "ς", "ß", "ẞ", "e\u0301", "Å", "①", "…", "℃", "'", "1,000"]
+)
+TYPED = st.lists(st.one_of(ASSIGNED, HARD, st.sampled_from(" .,/'\"%0159aZ")), max_size=12).map("".join)
+
+
+# without shrinking, which would run a Spark job for every step: the failing text is named
+@settings(max_examples=6, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@given(texts=st.lists(st.tuples(TYPED, st.sampled_from(["", "en", "tr", "az_AZ", "TR-tr", "xx"])), min_size=150))
+def test_the_normal_form_is_the_same_in_spark_and_in_python(spark, texts):
+    frame = spark.createDataFrame(texts, "text string, locale string")
+    for row in frame.select("*", normal_form(frame["text"], frame["locale"]).alias("form")).collect():
+        expected = python_normal_form(row["text"], row["locale"])
+        assert row["form"] == expected, ascii((row["text"], row["locale"], row["form"], expected))
+
+
+@pytest.mark.parametrize(
+    ("text", "locale", "form"),
+    [
+        ("Ｎｉｋｅ　ＡＩＲ", "", "nike air"),
+        ("½ in. drive", "", "1/2 in drive"),
+        ("e\u0301clair", "", "éclair"),
+        ("ISPARTA İNCİ", "tr", "ısparta inci"),
+        ("ISPARTA", "", "isparta"),
+        ("ΟΔΟΣ", "el", "οδος"),
+        ("", "", ""),
+    ],
+)
+def test_the_normal_form_is_free_of_what_keyboards_differ_in(text, locale, form):
+    assert python_normal_form(text, locale) == form
 
 
 def test_queries_that_cannot_be_used_get_reasons(spark):
