@@ -17,7 +17,7 @@ from spark_etl.recipes import EngagementRecipe
 class Inputs:
     """Tables read."""
 
-    search_event: job.TableVersion = "newest"
+    place_count: job.TableVersion = "newest"
 
 
 @settings
@@ -46,7 +46,7 @@ def run(config: Config) -> RunRecord:
     current = job.begin(config, "build_engagement")
     spark = lake_spark.session(config.placement.spark)
     tables = lake_spark.pinned_rows(spark, current.lake, current.inputs)
-    counts = engagement.count_places(tables["search_event"]).persist()
+    counts = engagement.sum_days(tables["place_count"]).persist()
     models = click_model.fit_click_models(counts, config.recipe.click_model)
     pairs = engagement.build_engagement(counts, models, config.recipe).persist()
     rows = pairs.count()

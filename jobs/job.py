@@ -37,6 +37,8 @@ TableVersion = Annotated[
 
 OUTSIDE = ("root", "mapping", "file")
 """Inputs that name what lies outside the lake; a folder of that name inside it is none of them."""
+LISTED = ("logs",)
+"""Inputs known by the names, sizes and times of their files alone: reading all that was read before costs too much."""
 RECIPE_PATHS = ("model", "baseline_model", "guideline")
 """Settings of recipes that may name a local folder or file."""
 
@@ -96,9 +98,13 @@ def _pinned(lake: Lake, inputs: Any) -> dict[str, str]:
         for item in value if isinstance(value, tuple) else (value,):
             folder = item if field.name in OUTSIDE and os.path.exists(item) else find_path(lake, item)
             pinned[f"{field.name}:{item}" if isinstance(value, tuple) else field.name] = (
-                content_hash(folder, without=lake.path()) if folder else item
+                _hash_of(field.name)(folder, without=lake.path()) if folder else item
             )
     return pinned
+
+
+def _hash_of(name: str) -> Callable[..., str]:
+    return listing_hash if name in LISTED else content_hash
 
 
 def _recipe_files(recipe: Any, prefix: str = "recipe") -> dict[str, str]:
@@ -132,6 +138,13 @@ def content_hash(path: str, without: str = "") -> str:
         with item.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def listing_hash(path: str, without: str = "") -> str:
+    """16 hex digits over names, sizes and times of a folder's files; see `content_hash`."""
+    files = sorted(_content_files(Path(path), Path(without) if without else None))
+    stats = [(str(item.relative_to(path)), item.stat().st_size, item.stat().st_mtime_ns) for item in files]
+    return fingerprint(stats)
 
 
 def _content_files(root: Path, without: Path | None) -> Iterator[Path]:

@@ -89,10 +89,9 @@ def with_texts(current: Run, pairs: pa.Table) -> pa.Table:
 
 
 def train_queries(current: Run) -> set[tuple[str, str]]:
-    """Train queries, but those that the encoder reads as it reads some query of another split: (dataset, query_id).
+    """Train queries, but those of the same normal form as some query of another split: (dataset, query_id).
 
-    Splits go by a normal form that Spark computes, without NFKC; the encoder's has it, so that full-width letters,
-    for one, are two queries there and one here.
+    `ingest` leaves none; a table that was split before NFKC was part of the normal form may hold some.
     """
     names = ["dataset", "query_id", "text", "split"]
     queries = read(current, QUERY, names)

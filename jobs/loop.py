@@ -61,6 +61,7 @@ class Step:
 
 AFTER_IMPORT = (
     Step("ingest", "ingest"),
+    Step("ingest_events", "ingest_events"),
     Step("build_consensus", "build_consensus"),
     Step("build_engagement", "build_engagement"),
     Step("build_audit", "build_audit"),
@@ -197,7 +198,7 @@ def _check_own(step: Step, own: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming the first.
     """
-    pinned = {"inputs": dict.fromkeys([*TABLES, "raw", *(name for name, _ in step.takes)])}
+    pinned = {"inputs": dict.fromkeys([*TABLES, "raw", "logs", *(name for name, _ in step.takes)])}
     taken = _first_shared(own, {"lake": None, "setting": None} | _merge(pinned, step.fixed))
     if taken:
         raise ConfigError(f"steps.{step.name}.{taken}: the loop sets this itself; leave it out")
@@ -232,8 +233,8 @@ def _pin(lake: Lake, step: Step, config: Any, produced: Mapping[str, str]) -> An
         if tables.exists(lake, TABLES[name])
     }
     pins |= {name: produced[artifact] for name, artifact in step.takes}
-    if "raw" in names:
-        pins["raw"] = tuple(path for name, path in produced.items() if name.startswith("raw/"))
+    for name in names & {"raw", "logs"}:
+        pins[name] = tuple(path for artifact, path in produced.items() if artifact.startswith("raw/"))
     return dataclasses.replace(config, inputs=dataclasses.replace(config.inputs, **pins))
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 Engine = Literal["spark", "delta-rs"]
 
 STRING, INT8, INT32, INT64 = pa.string(), pa.int8(), pa.int32(), pa.int64()
-FLOAT64, TIMESTAMP, BOOL = pa.float64(), pa.timestamp("us", tz="UTC"), pa.bool_()
+FLOAT64, TIMESTAMP, DATE, BOOL = pa.float64(), pa.timestamp("us", tz="UTC"), pa.date32(), pa.bool_()
 SPLITS = ("train", "validation", "calibration", "test")
 CandidateSource = Literal["annotated", "sampled", "mined", "engagement"]
 SOURCES: tuple[CandidateSource, ...] = ("annotated", "sampled", "mined", "engagement")
@@ -131,22 +131,128 @@ QUERY = TableSpec(
     checks=(("split_is_known", f"split IN {SPLITS}"),),
 )
 
+_DAY = Column("event_day", DATE, "day on which it happened", "UTC", nullable=True)
+_DELIVERY = Column("delivery", STRING, "folder of the log that brought it, below events/; empty: no folder")
+_FILE = Column("file", STRING, "file of the log, below events/")
+
+LOGGED_EVENT = TableSpec(
+    "logged_event",
+    "Rows of shops' logs as they came, typed, each judged by itself; what days are made of, whenever rows come late.",
+    "spark",
+    ("dataset", "delivery", "file", "event_id"),
+    (
+        _DATASET,
+        _DELIVERY,
+        _FILE,
+        Column("event_id", STRING, "as logged, else by content; rows that came twice share it"),
+        Column("session_id", STRING, "visit, where the log tells", nullable=True),
+        Column("visitor_id", STRING, "shopper or browser, where the log tells", nullable=True),
+        Column("query_id", STRING, "query, where the log tells", nullable=True),
+        Column("query", STRING, "text of the query, where the log tells", nullable=True),
+        Column("normalised", STRING, "its normal form", nullable=True),
+        Column("product_id", STRING, "product", nullable=True),
+        Column("kind", STRING, "impression, click, cart or purchase", nullable=True),
+        Column("position", INT32, "place in the result list, first is 1", "rank", nullable=True),
+        Column("event_time", TIMESTAMP, "when it happened, freed of the skew of the shopper's clock", "UTC", True),
+        Column("user_agent", STRING, "browser, where the log tells", nullable=True),
+        Column("content", INT64, "hash of what the row tells", nullable=True),
+        Column("reason", STRING, "why the row is no event; null where it is one", nullable=True),
+        Column("row", STRING, "the row as read, where it is no event", "JSON or raw text", nullable=True),
+        _DAY,
+    ),
+    partition_by=("dataset", "event_day", "delivery"),
+)
+
 SEARCH_EVENT = TableSpec(
     "search_event",
     "What shoppers saw and did, one row per event.",
     "spark",
-    ("dataset", "event_id"),
+    ("dataset", "event_day", "event_id"),
     (
         _DATASET,
-        Column("event_id", STRING, "event, unique within the data set"),
+        Column("event_id", STRING, "event, unique within data set and day"),
         Column("session_id", STRING, "visit in which it happened"),
         _QUERY_ID,
         _PRODUCT_ID,
         Column("kind", STRING, "impression, click, cart or purchase"),
         Column("position", INT32, "place in the result list, first is 1", "rank"),
         Column("event_time", TIMESTAMP, "when it happened", "UTC"),
+        Column("visitor_id", STRING, "shopper or browser, where the log tells", nullable=True),
+        _DAY,
     ),
+    partition_by=("dataset", "event_day"),
     checks=(("kind_is_known", "kind IN ('impression', 'click', 'cart', 'purchase')"),),
+)
+
+PLACE_COUNT = TableSpec(
+    "place_count",
+    "Events of a day by pair and place: all that click model and engagement need, and what adds up over days.",
+    "spark",
+    ("dataset", "event_day", "query_id", "product_id", "position"),
+    (
+        *_PAIR,
+        Column("position", INT32, "place in the result list, first is 1", "rank"),
+        Column("impressions", INT64, "times shown", "events"),
+        Column("clicks", INT64, "clicks", "events"),
+        Column("carts", INT64, "cart additions", "events"),
+        Column("purchases", INT64, "purchases", "events"),
+        _DAY,
+    ),
+    partition_by=("dataset", "event_day"),
+)
+
+LOGGED_QUERY = TableSpec(
+    "logged_query",
+    "Queries of a day's events that the table query lacks; their ids are made of their normal forms.",
+    "spark",
+    ("dataset", "event_day", "query_id"),
+    (
+        _DATASET,
+        _QUERY_ID,
+        Column("text", STRING, "the query as typed most often that day"),
+        Column("normalised", STRING, "its normal form"),
+        Column("num_visits", INT64, "visits in which it was asked", "visits"),
+        Column("num_events", INT64, "its events", "events"),
+        _DAY,
+    ),
+    partition_by=("dataset", "event_day"),
+)
+
+EVENT_QUARANTINE = TableSpec(
+    "event_quarantine",
+    "Rows of logs that count as no event, with the reason; replaced with the delivery or the day that they are of.",
+    "spark",
+    ("dataset", "part", "delivery", "file", "row"),
+    (
+        _DATASET,
+        Column("part", STRING, "delivery=... of rows refused by themselves, day=... of those refused beside others"),
+        _DELIVERY,
+        _FILE,
+        Column("row", STRING, "the row as read, or as typed", "JSON or raw text"),
+        Column("reason", STRING, "why it was refused"),
+    ),
+    partition_by=("dataset", "part"),
+)
+
+EVENT_TALLY = TableSpec(
+    "event_tally",
+    "What became of every file of a log; rows = kept + quarantined + repeated + passed over, for each file.",
+    "delta-rs",
+    ("dataset", "delivery", "file", "event_day"),
+    (
+        _DATASET,
+        _DELIVERY,
+        _FILE,
+        Column("event_day", STRING, "day of the rows; empty: those refused by themselves", "YYYY-MM-DD"),
+        Column("num_rows", INT64, "rows read; one that shows a product and its click counts twice", "rows"),
+        Column("num_kept", INT64, "rows in search_event", "rows"),
+        Column("num_quarantined", INT64, "rows in event_quarantine", "rows"),
+        Column("num_repeated", INT64, "rows equal to a kept one", "rows"),
+        Column("num_passed_over", INT64, "rows about no product: searches, filters, lines of a bulk format", "rows"),
+        Column("fingerprint", STRING, "size and time of the file, and how it was read", "hex"),
+        Column("judged", STRING, "how the day was judged", "hex"),
+        _RUN,
+    ),
 )
 
 HUMAN_ANNOTATION = TableSpec(
@@ -619,7 +725,12 @@ TABLES: dict[str, TableSpec] = {
     for spec in (
         CATALOG_PRODUCT,
         QUERY,
+        LOGGED_EVENT,
         SEARCH_EVENT,
+        PLACE_COUNT,
+        LOGGED_QUERY,
+        EVENT_QUARANTINE,
+        EVENT_TALLY,
         HUMAN_ANNOTATION,
         ANNOTATION_CONSENSUS,
         CLICK_MODEL,

@@ -230,6 +230,8 @@ def replace(spark: SparkSession, lake: Lake, spec: TableSpec, frame: DataFrame, 
     check_schema(spec, to_arrow_schema(frame.schema, timezone="UTC"))
     tables.create(lake, spec)
     writer = frame.select(*spec.column_names).write.format("delta").mode("overwrite").option("userMetadata", run_id)
+    if spec.partition_by:
+        writer = writer.option("optimizeWrite", True)  # else every task writes a file into every partition
     if where:
         writer = writer.option("replaceWhere", where)
     writer.save(lake.table(spec.name))

@@ -17,24 +17,27 @@ from spark_etl.click_model import PAIR, ClickModel, bin_of
 from spark_etl.quantiles import with_part
 from spark_etl.recipes import EngagementRecipe
 from spark_etl.shrinkage import fit_priors, posterior
+from spark_etl.visits import COUNTS
 
 QUERY_KEY = ("dataset", "query_id")
 RATES = {"clicks": "click_rate", "carts": "cart_rate", "purchases": "purchase_rate"}
-_COUNTS = {"impression": "impressions", "click": "clicks", "cart": "carts", "purchase": "purchases"}
 _UNKNOWN = 0
 
 
-def count_places(events: DataFrame) -> DataFrame:
-    """Events of every pair by place: what all else is made of, and what adds up over days."""
-    counts = [sf.count_if(sf.col("kind") == kind).alias(name) for kind, name in _COUNTS.items()]
-    return events.groupBy(*PAIR, "position").agg(*counts)
+def sum_days(place_counts: DataFrame) -> DataFrame:
+    """Events of every pair by place over all days: what all else is made of.
+
+    Args:
+        place_counts: rows of that table.
+    """
+    return place_counts.groupBy(*PAIR, "position").agg(*(sf.sum(name).alias(name) for name in COUNTS.values()))
 
 
 def build_engagement(counts: DataFrame, models: Iterable[ClickModel], recipe: EngagementRecipe) -> DataFrame:
     """Counts, both corrected rates, and the breadth and stratum of the query, of every pair that has an event.
 
     Args:
-        counts: as of `count_places`, persisted by the caller, since several passes read it.
+        counts: as of `sum_days`, persisted by the caller, since several passes read it.
         models: one of each data set of the counts.
     """
     mean_rates = (
@@ -50,7 +53,7 @@ def build_engagement(counts: DataFrame, models: Iterable[ClickModel], recipe: En
     pairs = (
         placed.groupBy(*PAIR)
         .agg(
-            *(sf.sum(name).alias(name) for name in _COUNTS.values()),
+            *(sf.sum(name).alias(name) for name in COUNTS.values()),
             sf.sum(sf.col("impressions") * sf.coalesce("mean_rate", sf.lit(0.0))).alias("expected_clicks"),
             sf.sum(shown * look).alias("trials"),
             sf.sum(shown * look * look).alias("squares"),

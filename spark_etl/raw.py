@@ -11,7 +11,7 @@ import csv
 import gzip
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
@@ -22,7 +22,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as sf
 from pyspark.sql.types import StringType, StructField, StructType
 
-FORMATS = (".jsonl", ".csv", ".parquet")
+FORMATS = (".jsonl", ".ndjson", ".csv", ".parquet")
 PACKINGS = (".gz", ".zst")
 _CORRUPT = "_corrupt"
 
@@ -36,7 +36,9 @@ def find_files(folder: Path) -> list[Path]:
     found = sorted(item for item in folder.rglob("*") if item.is_file() and item.name[0] not in "._")
     for item in found:
         if _format(item) not in FORMATS:
-            raise ValueError(f"{item}: expected .jsonl, .csv or .parquet, plain, .gz or .zst; convert or remove it")
+            raise ValueError(
+                f"{item}: expected .jsonl, .ndjson, .csv or .parquet, plain, .gz or .zst; convert or remove it"
+            )
     return found
 
 
@@ -51,14 +53,34 @@ def read_raw(
         scratch: folder for unpacked .zst files, which Spark cannot read; must outlive the frame.
     """
     frames = [
-        _read(spark, files, columns, dataset)
+        _read(spark, files, columns, dataset).drop("file_path")
         for dataset, folder in folders.items()
-        for files in _by_kind(find_files(Path(folder) / part), scratch)
+        for files in _by_kind(list(_plain(find_files(Path(folder) / part), scratch)))
     ]
     if frames:
         return reduce(DataFrame.unionByName, frames)
     names = ["dataset", *columns, "raw_row"]
     return spark.createDataFrame([], ", ".join(f"{name} string" for name in names) + ", unparsed boolean")
+
+
+def read_files(
+    spark: SparkSession, dataset: str, files: Mapping[Path, tuple[str, str]], columns: Sequence[str], scratch: Path
+) -> DataFrame:
+    """Files of one data set as one frame of text columns, with `delivery` and `file` of every row.
+
+    Args:
+        files: path -> its delivery and its name; at least one.
+        columns: as of `read_raw`.
+        scratch: as of `read_raw`.
+    """
+    plain = _plain(files, scratch)
+    named = [(str(path), *files[given]) for path, given in plain.items()]
+    names = spark.createDataFrame(named, "file_path string, delivery string, file string")
+    frames = [_read(spark, paths, columns, dataset) for paths in _by_kind(list(plain))]
+    # Spark tells a path as a URL: file:/a%20folder/events.csv
+    path = sf.url_decode(sf.replace(sf.regexp_replace("file_path", "^file:/+", "/"), sf.lit("+"), sf.lit("%2B")))
+    rows = reduce(DataFrame.unionByName, frames).withColumn("file_path", path)
+    return rows.join(sf.broadcast(names), on="file_path", how="left").drop("file_path")
 
 
 @contextmanager
@@ -83,11 +105,15 @@ def _format(path: Path) -> str:
     return (path.with_suffix("") if path.suffix in PACKINGS else path).suffix
 
 
-def _by_kind(files: Sequence[Path], scratch: Path) -> list[list[Path]]:
+def _plain(files: Iterable[Path], scratch: Path) -> dict[Path, Path]:
+    """What Spark reads for each file, and the file: itself, or unpacked where Spark cannot."""
+    return {_unpacked(item, scratch) if item.suffix == ".zst" else item: item for item in files}
+
+
+def _by_kind(paths: Sequence[Path]) -> list[list[Path]]:
     """Files that one reader takes together: equal format and, for CSV, equal header."""
     kinds: dict[tuple[str, ...], list[Path]] = {}
-    for item in files:
-        path = _unpacked(item, scratch) if item.suffix == ".zst" else item
+    for path in paths:
         kinds.setdefault((_format(path), *(_csv_header(path) if _format(path) == ".csv" else ())), []).append(path)
     return list(kinds.values())
 
@@ -124,11 +150,12 @@ def _read(spark: SparkSession, files: Sequence[Path], columns: Sequence[str], da
         rfc_4180 = {"header": True, "multiLine": True, "escape": '"'}
         frame = reader.options(**rfc_4180).csv(paths) if kind == ".csv" else reader.json(paths)
     named = [(sf.col(f"`{name}`") if name in present else sf.lit(None)).cast("string").alias(name) for name in columns]
-    return frame.select(*named, _CORRUPT).select(
+    return frame.select(*named, _CORRUPT, sf.col("_metadata.file_path").alias("file_path")).select(
         sf.lit(dataset).alias("dataset"),
         *columns,
         sf.coalesce(_CORRUPT, sf.to_json(sf.struct(*columns))).alias("raw_row"),
         sf.col(_CORRUPT).isNotNull().alias("unparsed"),
+        "file_path",
     )
 
 

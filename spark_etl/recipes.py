@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Annotated, Literal
 
 from conf.load import meaning, settings
@@ -31,6 +32,93 @@ class IngestRecipe:
         float, meaning("share of a table's raw rows that may be quarantined before the run fails", "0..1", ge=0, le=1)
     ] = 0.1
     splits: SplitRecipe = SplitRecipe()
+
+
+EventSource = Literal["events", "ubi"]
+LOG_COLUMNS = (
+    "event_id",
+    "session_id",
+    "visitor_id",
+    "query_id",
+    "query",
+    "locale",
+    "product_id",
+    "kind",
+    "clicked",
+    "position",
+    "event_time",
+    "sent_at",
+    "received_at",
+    "user_agent",
+)
+"""What a log of events may tell; see docs/operations.md for which of them a row needs."""
+
+
+@settings
+class EventLogRecipe:
+    """How rows of a log are read as events."""
+
+    source: Annotated[
+        EventSource,
+        meaning("events: a row per event; ubi: User Behavior Insights, as rows or in OpenSearch's bulk form"),
+    ] = "events"
+    columns: Annotated[dict[str, str], meaning("columns that the log names otherwise: our name -> the log's")] = field(
+        default_factory=dict
+    )
+    first_position: Annotated[int, meaning("rank of the first product in the log", "rank", ge=0, le=1)] = 1
+    locale: Annotated[str, meaning("language tag of queries that come without one; empty: none")] = ""
+    day_of_delivery: Annotated[
+        bool, meaning("rows without a time take the day in their folder's name, else they are refused")
+    ] = False
+    max_late_days: Annotated[
+        int, meaning("rows older than this when they come are refused, where the time of coming is known", "days", ge=0)
+    ] = 30
+    max_skew_sec: Annotated[
+        int, meaning("rows further ahead of the time of their coming are refused: a clock is wrong", "s", ge=0)
+    ] = 300
+    max_query_chars: Annotated[int, meaning("longest query", "characters", ge=1)] = 1000
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.columns) - set(LOG_COLUMNS)):
+            raise ValueError(f"columns: {unknown[0]!r} is no column of an event; name some of {', '.join(LOG_COLUMNS)}")
+
+
+@settings
+class VisitRecipe:
+    """How events become visits, and which of them are no shopper's."""
+
+    inactivity_min: Annotated[
+        float,
+        meaning("a visitor without a session is on a new visit after so long a pause, and at midnight", "min", gt=0),
+    ] = 30.0
+    repeat_sec: Annotated[
+        float, meaning("the same again so soon is the same event: a double click, a list drawn anew", "s", ge=0)
+    ] = 1.0
+    max_events_per_day: Annotated[int, meaning("a visitor with more is a bot", "events", ge=1)] = 3000
+    max_clicks_per_min: Annotated[int, meaning("a visitor with more in any minute is a bot", "clicks", ge=1)] = 30
+    bot_agents: Annotated[
+        str, meaning("regular expression, without case, of user agents that are bots; empty: agents are not asked")
+    ] = "bot|crawl|spider|slurp|headless|python-requests|curl/"
+    keep_unseen: Annotated[
+        bool, meaning("keep clicks on pairs that the log does not show in the visit; else they are refused")
+    ] = False
+    new_queries: Annotated[
+        bool, meaning("keep events of queries that the table query lacks, and list them; else they are refused")
+    ] = True
+
+
+@settings
+class EventsRecipe:
+    """What a log must look like, and how many of its rows may fail."""
+
+    log: EventLogRecipe = EventLogRecipe()
+    visits: VisitRecipe = VisitRecipe()
+    max_rejected_fraction: Annotated[
+        float, meaning("share of the rows of a run that may be quarantined before it fails", "0..1", ge=0, le=1)
+    ] = 0.1
+    judge_again: Annotated[
+        Literal["touched", "all"], meaning("all: every day, as after new products; else days with new rows alone")
+    ] = "touched"
 
 
 @settings

@@ -66,7 +66,7 @@ def test_both_engines_write_the_same_tables(tmp_path, connect_url):
     for name, placement in lakes.items():
         root = f"lake={tmp_path}/{name}"
         assay("simulate", "dev", root, *small)
-        for job in ("ingest", "build_consensus", "build_engagement"):
+        for job in ("ingest", "ingest_events", "build_consensus", "build_engagement"):
             assay(job, "dev", root, *placement)
     for spec in (CATALOG_PRODUCT, ANNOTATION_CONSENSUS, ENGAGEMENT):
         local, connect = (

@@ -11,7 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from conf.load import ConfigError, load_job
-from jobs import build_audit, build_consensus, build_engagement, build_instances, ingest, sample_pairs
+from jobs import (
+    build_audit,
+    build_consensus,
+    build_engagement,
+    build_instances,
+    ingest,
+    ingest_events,
+    sample_pairs,
+)
 from lake import tables
 from lake.schemas import (
     ANNOTATION_CONSENSUS,
@@ -28,6 +36,7 @@ from lake.schemas import (
 
 JOBS = {
     "ingest": ingest,
+    "ingest_events": ingest_events,
     "build_consensus": build_consensus,
     "build_engagement": build_engagement,
     "build_audit": build_audit,
@@ -83,7 +92,7 @@ def write_events(folder):
 
 
 def versions(lake):
-    return {spec.name: tables.version(lake, spec) for spec in (CATALOG_PRODUCT, QUERY, HUMAN_ANNOTATION, SEARCH_EVENT)}
+    return {spec.name: tables.version(lake, spec) for spec in (CATALOG_PRODUCT, QUERY, HUMAN_ANNOTATION)}
 
 
 def column(lake, spec, name, **where):
@@ -114,6 +123,7 @@ def test_raw_files_become_instances_and_bad_rows_quarantine(lake):
         ("human_annotation", "odd"): '{"a": 1}',
     }
     assert 'query "0", inch' in column(lake, QUERY, "text")
+    assert run(lake, "ingest_events", "inputs.logs=[raw/shop]").rows == 15
     assert column(lake, SEARCH_EVENT, "event_time")[0] == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
     assert run(lake, "build_consensus").rows == 120
@@ -169,11 +179,12 @@ def test_too_many_bad_rows_fail_the_run_and_change_no_table(lake):
     assert column(lake, QUARANTINE, "run_id")[0] in str(caught.value)
 
 
-def test_events_may_lack_and_zst_is_read(lake):
+def test_a_log_may_lack_and_zst_is_read(lake):
     write_raw(lake, packing="zst")
     record = run(lake, "ingest", "inputs.raw=[raw/shop]")
-    assert (record.counts["catalog_product"], record.counts["search_event"]) == (40, 0)
-    assert tables.exists(lake, SEARCH_EVENT)
+    assert record.counts["catalog_product"] == 40
+    assert run(lake, "ingest_events", "inputs.logs=[raw/shop]").rows == 0
+    assert run(lake, "build_engagement").rows == 0
 
 
 def test_a_data_set_that_would_be_dropped_is_refused(lake):
@@ -229,6 +240,7 @@ def test_pinned_versions_are_read_and_other_sources_stay(lake):
     run(lake, "ingest", "inputs.raw=[raw/shop]")
     first = run(lake, "build_consensus")
     assert run(lake, "build_consensus", "recipe.min_agreement=1.0").inputs == first.inputs
+    run(lake, "ingest_events", "inputs.logs=[raw/shop]")
     run(lake, "build_engagement")
     with pytest.raises(ConfigError, match=r"source mined needs inputs\.mined_pair"):
         run(lake, "sample_pairs", "recipe.sources=[mined]")

@@ -3,11 +3,13 @@
 from datetime import UTC, datetime
 
 import pytest
+from pyspark.sql import functions as sf
 
 from spark_etl.click_model import fit_click_models
 from spark_etl.consensus import build_consensus, with_verdicts
-from spark_etl.engagement import build_engagement, count_places
+from spark_etl.engagement import build_engagement, sum_days
 from spark_etl.recipes import ConsensusRecipe, EngagementRecipe
+from spark_etl.visits import count_places
 
 PAIR = "dataset string, query_id string, product_id string"
 
@@ -72,7 +74,8 @@ def test_corrected_rate_is_clicks_over_expected_clicks(spark):
     rows = [("d", "q", product, "impression", position) for product, position in shown]
     rows += [("d", "q", product, "click", position) for product, position in clicked]
     rows += [("d", "q", "a", "cart", 1), ("d", "q", "a", "purchase", 1), ("other", "q", "a", "impression", 1)]
-    counts = count_places(spark.createDataFrame(rows, f"{PAIR}, kind string, position int"))
+    events = spark.createDataFrame(rows, f"{PAIR}, kind string, position int")
+    counts = sum_days(count_places(events.withColumn("event_day", sf.current_date())))
     recipe = EngagementRecipe(prior_clicks=2.0)
     models = fit_click_models(counts, recipe.click_model)
     found = {(row["dataset"], row["product_id"]): row for row in build_engagement(counts, models, recipe).collect()}

@@ -33,4 +33,4 @@ def test_source_uses_only_what_spark_connect_offers(path):
 def test_recipes_need_no_spark():
     tree = ast.parse((Path(spark_etl.__file__).parent / "recipes.py").read_text(encoding="utf-8"))
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert modules == {"__future__", "typing", "conf.load", "lake.schemas"}
+    assert modules == {"__future__", "dataclasses", "typing", "conf.load", "lake.schemas"}
