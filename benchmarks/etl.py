@@ -7,8 +7,8 @@ second are found, bots taken out by their day and their minute, visits parted by
 to their searches, clicks on what was not shown refused, the rest counted. Each engine runs in a process of its own with
 two threads, in turns; its start (the JVM's among it) is told apart. Peak memory is that of the process and its JVM.
 
-Sizes: the 1,775,000 rows of retrotech where ASSAY_DATA names the folder with data, and generated events, a million a day.
---quick: 1 M generated, one round; else 1, 10 and 50 M. `growth`: 50 x seconds at 1 M over seconds at 50 M.
+Sizes: the 1,775,000 rows of retrotech where ASSAY_DATA names the folder with data, and generated events, a million a
+day. --quick: 1 M generated, one round; else 1, 10 and 50 M. `growth`: 50 x seconds at 1 M over seconds at 50 M.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def generate(folder: Path, num_rows: int) -> None:
 
 
 def generated_day(day: int) -> pa.Table:
-    """A million events of a day: lists of 20 products, some of them clicked, carted and bought; bots and repetitions."""
+    """A million events of a day: lists of 20 products, clicks, carts, purchases; a bot, and rows that came twice."""
     generator = np.random.default_rng(day)
     num_lists = int(DAY_ROWS / (LIST * 1.14))
     visitor = generator.integers(0, num_lists // 4, num_lists)

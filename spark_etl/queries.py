@@ -30,7 +30,7 @@ def normal_form(text: Column, locale: Column | None = None) -> Column:
     composed = _compose(text)
     if locale is not None:
         is_dotted = sf.lower(sf.substring_index(sf.replace(locale, sf.lit("_"), sf.lit("-")), "-", 1)).isin(*_DOTTED_I)
-        composed = sf.when(is_dotted, sf.translate(composed, "Iİ", "ıi")).otherwise(composed)
+        composed = sf.when(is_dotted, sf.translate(composed, "I\u0130", "\u0131i")).otherwise(composed)
     # what one half says in capitals has a composed form again in small letters: once more
     lower = sf.translate(_compose(sf.lower(composed)), "\u2044", "/")
     words = sf.regexp_replace(sf.regexp_replace(lower, _INSIDE_WORDS, "$1$2"), _NO_MEANING, " ")

@@ -1,7 +1,7 @@
 """What the events of a day say of each other: visits, repetitions, bots, and purchases back to their searches.
 
-A day stands for itself: visits end at midnight (UTC), a bot is one by its day, and a row that came twice is found within
-its day. So a day can be judged again when rows of it come late, and comes out the same as if they had come in time.
+A day stands for itself: visits end at midnight (UTC), a bot is one by its day, and a row that came twice is found
+within its day. So a day can be judged again when rows of it come late, and comes out as if they had come in time.
 All windows below but the first are over parts of a visitor's day, so that events are moved twice, not once per rule.
 """
 

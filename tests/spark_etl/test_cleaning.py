@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from embeddings.text import normal_form as python_normal_form
 from spark_etl.annotations import check_annotations
 from spark_etl.catalog import check_products
-from spark_etl.checked import REPEATED
+from spark_etl.checked import REPEATED, tally
 from spark_etl.queries import check_queries, normal_form
 from spark_etl.recipes import IngestRecipe, SplitRecipe
 from spark_etl.splits import with_split
