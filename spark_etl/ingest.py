@@ -8,9 +8,9 @@ from pathlib import Path
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
-from lake.schemas import CATALOG_PRODUCT, HUMAN_ANNOTATION, QUERY, SEARCH_EVENT
+from lake.schemas import CATALOG_PRODUCT, GOLD_QUESTION, HUMAN_ANNOTATION, QUERY, SEARCH_EVENT
 from spark_etl import annotations as marks
-from spark_etl import catalog, events, queries
+from spark_etl import catalog, events, gold, queries
 from spark_etl.checked import Tally, kept
 from spark_etl.raw import find_files, read_raw
 from spark_etl.recipes import IngestRecipe
@@ -20,7 +20,7 @@ NEEDED = ("catalog", "queries", "annotations")
 
 
 def check_folders(folders: Mapping[str, str]) -> None:
-    """Checks that every data set has the parts without which nothing can follow; events are optional.
+    """Checks that every data set has the parts without which nothing can follow; events and gold are optional.
 
     Raises:
         ValueError: a part has no file.
@@ -51,11 +51,13 @@ def check_tables(
     products, query_rows = kept(product, CATALOG_PRODUCT), kept(query, QUERY)
     annotation = marks.check_annotations(read("annotations", marks.COLUMNS), query_rows, products)
     event = events.check_events(read("events", events.COLUMNS), query_rows, products)
+    known = gold.check_gold(read("gold", gold.COLUMNS), query_rows, products)
     return {
         CATALOG_PRODUCT.name: product,
         QUERY.name: query,
         HUMAN_ANNOTATION.name: annotation.persist(),
         SEARCH_EVENT.name: event.persist(),
+        GOLD_QUESTION.name: known.persist(),
     }
 
 
