@@ -262,7 +262,10 @@ def _with_interval(name: str, meaning: str, unit: str) -> tuple[Column, ...]:
 
 
 _SLICE_VALUE = Column("value", STRING, "the category, annotator or guideline version; empty for all")
-_KAPPA = "quadratic-weighted kappa of single marks with the majority of the pair's other raters; null below min_marks"
+_KAPPA = (
+    "quadratic-weighted kappa of single marks with the majority of the pair's other raters, where these have one; "
+    "null below min_marks"
+)
 ANNOTATOR_QUALITY = TableSpec(
     "annotator_quality",
     "How each named annotator marks beside the others and beside gold, one row per slice.",
