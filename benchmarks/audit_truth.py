@@ -10,7 +10,7 @@ network over the pretrained encoder's vectors, tuned on four fifths of the queri
 Five seeds, --quick one and two shares. `errors_found_vs_random`: planted errors among the first 5 % of pairs by the
 audit's priority, over those of a random 5 %, the least of all shops with 5 or 10 % planted.
 `errors_found_vs_best_single_signal`: over those of the best of the rules on behaviour, the labeller's distance from the
-grade, and the raters' disagreement, likewise.
+grade, and the raters' disagreement, likewise. `dawid_skene_vs_majority`: see benchmarks/annotators.py.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from benchmarks import annotators
 from embeddings.encoder import EncoderRecipe, build_pretrained, encode
 from embeddings.marketplace_recipe import MarketplaceRecipe
 from embeddings.text import TextRecipe, product_text
@@ -190,10 +191,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append({"seed": seed, "planted": planted, **result})
             told = " ".join(f"{name} {value:.3f}" for name, value in result.items())
             print(f"seed {seed} planted {planted}: {told} ({time.perf_counter() - start:.0f} s)", flush=True)
+    crews = annotators.compare(2 if quick else 5)
+    print(f"planted annotators: {json.dumps(crews['rows'])}", flush=True)
     counted = [row for row in rows if row["planted"] <= 0.1]
     ratios = {
         "errors_found_vs_random": min(row["audit"] for row in counted),
         "errors_found_vs_best_single_signal": min(row["ratio_best_single"] for row in counted),
+        **crews["ratios"],
     }
     print(json.dumps({"benchmark": "audit_truth", "quick": quick, "rows": rows, "ratios": ratios}))
     return 0

@@ -64,6 +64,7 @@ class JudgementColumns:
     product: Annotated[str, meaning("column of the product id")]
     mark: Annotated[str, meaning("column of the mark")]
     annotator: Annotated[str | None, meaning("column of who gave the mark")] = None
+    guideline: Annotated[str | None, meaning("column of the guideline's version it was given under")] = None
 
 
 @settings
@@ -183,7 +184,7 @@ def import_mapped(root: Path, mapping: DatasetMapping, raw_folder: Path) -> dict
     products = pa.table({key: table[named[key]] if key in named else nulls for key in PRODUCT_COLUMNS})
 
     judgement_columns = [judgement.query, judgement.product, judgement.mark]
-    judgement_columns += [judgement.annotator] if judgement.annotator else []
+    judgement_columns += [name for name in (judgement.annotator, judgement.guideline) if name]
     query_columns = [query.id, query.text] if query.id else [query.text]
     split_file = None
     if mapping.split:
@@ -198,10 +199,8 @@ def import_mapped(root: Path, mapping: DatasetMapping, raw_folder: Path) -> dict
     judged_id = as_key(marks[judgement.query])
     if mapping.split and split_file != query.file:
         found = pa.concat_tables([found, _splits_of_marks(found, judged_id, marks[mapping.split])])
-    annotator = marks[judgement.annotator] if judgement.annotator else None
-    judged = JudgedData(
-        products, found, mark_table(judged_id, marks[judgement.product], marks[judgement.mark], annotator)
-    )
+    told = [marks[name] if name else None for name in (judgement.annotator, judgement.guideline)]
+    judged = JudgedData(products, found, mark_table(judged_id, marks[judgement.product], marks[judgement.mark], *told))
     return write_judged(judged, source, raw_folder, mapping.grade_cuts, scale=f"{mapping.dataset} marks", num_marks=1)
 
 

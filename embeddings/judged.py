@@ -31,7 +31,7 @@ class JudgedData:
     Attributes:
         products: `PRODUCT_COLUMNS`.
         queries: query_id, query, split (null where not given); rows may repeat.
-        marks: query_id, product_id, mark, annotator.
+        marks: query_id, product_id, mark, annotator and, where the source tells it, guideline.
         rejected: rows of table, row and reason.
     """
 
@@ -123,10 +123,12 @@ def mark_table(
     product_id: pa.ChunkedArray,
     mark: pa.ChunkedArray,
     annotator: pa.ChunkedArray | None = None,
+    guideline: pa.ChunkedArray | None = None,
 ) -> pa.Table:
-    """The marks of a data set, one row each; no annotator where the source names none."""
+    """The marks of a data set, one row each; no annotator or version of the guideline where the source names none."""
     annotator = pa.nulls(len(mark), pa.string()) if annotator is None else annotator
-    return pa.table({"query_id": query_id, "product_id": product_id, "mark": mark, "annotator": annotator})
+    marks = pa.table({"query_id": query_id, "product_id": product_id, "mark": mark, "annotator": annotator})
+    return marks if guideline is None else marks.append_column("guideline", guideline)
 
 
 def distinct_rows(table: pa.Table) -> pa.Table:
@@ -226,7 +228,7 @@ def _check_marks(data: JudgedData, query_ids: list[str], cuts: GradeCuts) -> tup
         "the mark is in none of the grade cuts",
     )
     # Without names, equal marks of a pair may come from several people: only named repetitions are rejected.
-    key = pc.binary_join_element_wise(*(data.marks[name] for name in data.marks.column_names), "\x1f")
+    key = pc.binary_join_element_wise(*(pc.fill_null(data.marks[name], "") for name in data.marks.column_names), "\x1f")
     is_first = pc.or_(_is_first(key), pc.is_null(data.marks["annotator"]))
     data.keep("marks", is_first, "the annotator gave this mark before")
     value_of = {mark: grade_value_of_mark(mark, cuts) for mark in grade_of}

@@ -56,12 +56,18 @@ def write_marketplace(
         Number of rows written, by table and kind.
 
     Raises:
-        ValueError: fewer annotators than marks per pair, or more queries than the catalogue can word.
+        ValueError: fewer annotators than marks per pair, kinds for some of them only, or more queries than the
+            catalogue can word.
     """
     if len(recipe.annotator_error_rates) < recipe.marks_per_pair:
         raise ValueError(
             f"annotator_error_rates: expected at least marks_per_pair={recipe.marks_per_pair} annotators, "
             f"got {len(recipe.annotator_error_rates)}; add rates or lower marks_per_pair"
+        )
+    if recipe.annotator_kinds and len(recipe.annotator_kinds) != len(recipe.annotator_error_rates):
+        raise ValueError(
+            f"annotator_kinds: expected one for each of the {len(recipe.annotator_error_rates)} "
+            f"annotator_error_rates, got {len(recipe.annotator_kinds)}; give as many, or none"
         )
     products = build_products(recipe.num_products, recipe.seed, recipe.near_duplicate_share)
     queries = build_queries(products, recipe.num_queries, recipe.seed, recipe.misspelled_query_share)

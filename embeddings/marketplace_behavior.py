@@ -95,6 +95,12 @@ def annotate(recipe: MarketplaceRecipe, pools: Sequence[Pool]) -> tuple[pa.Table
     error_RK, kind_RK = np.split(draw(recipe.seed, "marks", key_R, 2 * num_marks), 2, axis=1)
     is_error_RK = (error_RK < rate_A[annotator_RK]) & ~is_planted_R[:, None]
     wrong_RK = _wrong_grade(np.repeat(seen_R[:, None], num_marks, axis=1), kind_RK, far_share=0.12)
+    if recipe.annotator_kinds:
+        blind_RK = np.floor(kind_RK * 3).astype(np.int8)
+        by_kind = {"spammer": blind_RK, "high": seen_R[:, None] + 1, "low": seen_R[:, None] - 1}
+        kind_A = np.array(recipe.annotator_kinds)
+        for kind, given in by_kind.items():
+            wrong_RK = np.where(kind_A[annotator_RK] == kind, np.clip(given, 0, 2), wrong_RK)
     mark = np.where(is_error_RK, wrong_RK, seen_R[:, None]).ravel().astype(np.int8)
     query_ids = pa.array([query_id(row) for row in query_R.tolist()])
     product_ids = pa.array([product_id(row) for row in product_R.tolist()])

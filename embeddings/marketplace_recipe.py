@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from conf.load import meaning, settings
 
@@ -20,6 +20,13 @@ class MarketplaceRecipe:
         tuple[Annotated[float, meaning("rate", ge=0, le=1)], ...],
         meaning("share of wrong marks of each annotator; errors by one grade are the commoner", min_length=1),
     ] = (0.05, 0.08, 0.1, 0.12, 0.2)
+    annotator_kinds: Annotated[
+        tuple[Literal["careful", "spammer", "high", "low"], ...],
+        meaning(
+            "what the wrong marks of each annotator are: careful, a wrong grade; spammer, any grade, blindly; "
+            "high or low, a grade above or below; none given: all careful"
+        ),
+    ] = ()
     planted_error_share: Annotated[
         float, meaning("annotated pairs whose marks are all wrong", unit="share", ge=0, le=1)
     ] = 0.05

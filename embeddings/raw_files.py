@@ -4,7 +4,10 @@
                            attributes ("color: red; size: 9"), price
     queries/*.csv.gz       query_id, query, split (empty unless the source gives train / test)
     annotations/*.parquet  query_id, product_id, mark, scale, num_marks, annotator, grade, grade_value (optional: the
-                           mark on the scale of grades, 0 to 2, where a mean lies between two); one row per mark
+                           mark on the scale of grades, 0 to 2, where a mean lies between two), guideline (optional:
+                           the version it was given under); one row per mark
+    gold/*                 query_id, product_id, grade, source, note, guideline (the last three optional); pairs whose
+                           grade is known, put among annotators' work; optional
     events/*.jsonl.gz      event_id, session_id, query_id, product_id, kind, position, event_time; optional
     rejected/*.jsonl       table, row (JSON), reason; rows of the source that cannot be used; optional
 
@@ -66,9 +69,11 @@ def write_queries(folder: Path, queries: Iterable[Sequence[str]]) -> None:
 
 
 def write_annotations(folder: Path, marks: pa.Table) -> None:
-    """Writes one row per mark, cast to `ANNOTATION_SCHEMA`."""
+    """Writes one row per mark, cast to `ANNOTATION_SCHEMA`; the guideline's version too where the marks have one."""
     (folder / "annotations").mkdir(exist_ok=True)
-    table = marks.select(ANNOTATION_SCHEMA.names).cast(ANNOTATION_SCHEMA)
+    has_version = "guideline" in marks.column_names
+    schema = ANNOTATION_SCHEMA.append(pa.field("guideline", pa.string())) if has_version else ANNOTATION_SCHEMA
+    table = marks.select(schema.names).cast(schema)
     pq.write_table(table, folder / "annotations" / "part-00000.parquet")
 
 

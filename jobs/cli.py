@@ -52,6 +52,7 @@ SPARK_JOBS = (
     "ingest",
     "ingest_events",
     "build_consensus",
+    "measure_annotators",
     "build_engagement",
     "build_audit",
     "sample_pairs",

@@ -15,6 +15,7 @@ from lake.schemas import (
     CATALOG_CANDIDATE,
     CATALOG_PRODUCT,
     ENGAGEMENT,
+    GOLD_QUESTION,
     HUMAN_ANNOTATION,
     MINED_PAIR,
     PAIR_GRADE,
@@ -23,7 +24,15 @@ from lake.schemas import (
 )
 from lake.storage import Lake, LakeError
 
-BY_ID = (HUMAN_ANNOTATION, ANNOTATION_CONSENSUS, ENGAGEMENT, AUDIT_CONFLICT, AUDIT_VERDICT, MINED_PAIR)
+BY_ID = (
+    HUMAN_ANNOTATION,
+    GOLD_QUESTION,
+    ANNOTATION_CONSENSUS,
+    ENGAGEMENT,
+    AUDIT_CONFLICT,
+    AUDIT_VERDICT,
+    MINED_PAIR,
+)
 
 
 def explain(lake: Lake, query: str, product: str) -> dict[str, list[dict[str, Any]]]:

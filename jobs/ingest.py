@@ -1,4 +1,4 @@
-"""Raw files into catalogue, queries with splits, and marks; bad rows go to quarantine with reasons."""
+"""Raw files into catalogue, queries with splits, marks and gold; bad rows go to quarantine with reasons."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from conf.load import ConfigError, meaning, settings
 from jobs import job
 from lake import tables
 from lake.runs import Run, RunRecord
-from lake.schemas import CATALOG_PRODUCT, HUMAN_ANNOTATION, QUARANTINE, QUERY, TABLES
+from lake.schemas import CATALOG_PRODUCT, GOLD_QUESTION, HUMAN_ANNOTATION, QUARANTINE, QUERY, TABLES
 from lake.spark import SparkPlacement
 from lake.storage import Lake
 from spark_etl.recipes import IngestRecipe
@@ -53,7 +53,7 @@ class Config:
 
 
 def run(config: Config) -> RunRecord:
-    """Replaces the three tables, each in one commit, after every row of all of them has been checked.
+    """Replaces the four tables, each in one commit, after every row of all of them has been checked.
 
     Raises:
         ValueError: a folder or file is missing or damaged, too many rows cannot be used, or the lake holds other
@@ -81,7 +81,7 @@ def run(config: Config) -> RunRecord:
             checked.check_rejected(found, name, config.recipe.max_rejected_fraction, place)
         # Products and queries before what names them. A crash in between leaves no record: the next run replaces all.
         outputs = {}
-        for spec in (CATALOG_PRODUCT, QUERY, HUMAN_ANNOTATION):
+        for spec in (CATALOG_PRODUCT, QUERY, HUMAN_ANNOTATION, GOLD_QUESTION):
             rows = checked.kept(frames[spec.name], spec)
             outputs[spec.name] = lake_spark.replace(spark, current.lake, spec, rows, run_id=current.run_id)
         for frame in frames.values():

@@ -63,6 +63,7 @@ AFTER_IMPORT = (
     Step("ingest", "ingest"),
     Step("ingest_events", "ingest_events"),
     Step("build_consensus", "build_consensus"),
+    Step("measure_annotators", "measure_annotators"),
     Step("build_engagement", "build_engagement"),
     Step("build_audit", "build_audit"),
     Step("tune_labeller", "tune_labeller"),

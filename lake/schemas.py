@@ -269,6 +269,7 @@ HUMAN_ANNOTATION = TableSpec(
         Column("num_marks", INT32, "raters behind the mark; above 1 where only their mean is known", "raters"),
         _grade("grade the mark maps to"),
         Column("grade_value", FLOAT64, "the mark on the scale of grades; a mean of raters may lie between two", "0..2"),
+        Column("guideline", STRING, "version of the guideline it was given under, where known", nullable=True),
     ),
     checks=(_GRADE_CHECK, ("grade_value_is_a_grade", "grade_value BETWEEN 0 AND 2")),
 )
@@ -288,8 +289,127 @@ ANNOTATION_CONSENSUS = TableSpec(
         ),
         Column("at_least_2", FLOAT64, "share of the raters at grade 2, likewise", "0..1"),
         Column("judge", STRING, "human (marks) or expert (verdict)"),
+        *(
+            Column(
+                f"p{grade}",
+                FLOAT64,
+                f"probability of grade {grade} by all marks and by how each annotator marks; none by majority",
+                "0..1",
+                nullable=True,
+            )
+            for grade in Grade
+        ),
+        Column(
+            "method",
+            STRING,
+            "majority, dawid_skene, gold (a known grade among the marks' pairs) or verdict",
+            nullable=True,
+        ),
     ),
     checks=(_GRADE_CHECK,),
+)
+
+GOLD_QUESTION = TableSpec(
+    "gold_question",
+    "Pairs whose grade is known, put among annotators' work to see how they mark.",
+    "spark",
+    ("dataset", "query_id", "product_id"),
+    (
+        *_PAIR,
+        _grade("the known grade"),
+        Column("source", STRING, "who or what set it, where told", nullable=True),
+        Column("note", STRING, "why this grade, where told", nullable=True),
+        Column("guideline", STRING, "version of the guideline it holds under, where told", nullable=True),
+    ),
+    checks=(_GRADE_CHECK,),
+)
+
+ANNOTATOR_CONFUSION = TableSpec(
+    "annotator_confusion",
+    "How each annotator marks pairs of each grade, by Dawid-Skene; nine rows per annotator.",
+    "spark",
+    ("dataset", "kind", "annotator", "scale", "true_grade", "grade"),
+    (
+        _DATASET,
+        Column(
+            "kind",
+            STRING,
+            "annotator (named), anonymous (all marks of a scale without a name) or pooled (all marks of the data set)",
+        ),
+        Column("annotator", STRING, "who, where kind is annotator", nullable=True),
+        Column("scale", STRING, "scale of the marks, where kind is anonymous", nullable=True),
+        Column("true_grade", INT8, "grade of the pair", "0 irrelevant, 1 partial, 2 exact"),
+        Column("grade", INT8, "grade marked", "0 irrelevant, 1 partial, 2 exact"),
+        Column("probability", FLOAT64, "of this mark for a pair of the true grade, drawn to the pooled one", "0..1"),
+        Column("marks", FLOAT64, "marks expected here, since true grades are not known for sure", "marks"),
+        Column("num_marks", FLOAT64, "all marks of the annotator; twice the same pair is one", "marks"),
+        Column("true_share", FLOAT64, "pairs of the true grade in the data set", "0..1"),
+    ),
+)
+DAWID_SKENE_ROUND = TableSpec(
+    "dawid_skene_round",
+    "Rounds of the fit of annotators and grades.",
+    "spark",
+    ("dataset", "stage", "round"),
+    (
+        _DATASET,
+        Column("stage", STRING, "pooled (one matrix for all marks) or annotators (one each, drawn to the pooled one)"),
+        Column("round", INT32, "running number within the stage, first is 1"),
+        Column("log_likelihood", FLOAT64, "of all marks, and of the gold grades", "nats"),
+        Column("log_posterior", FLOAT64, "the same with the priors, which no round lowers", "nats"),
+        Column("change", FLOAT64, "largest change of a probability of the matrices or of a grade's share"),
+    ),
+)
+
+
+def _with_interval(name: str, meaning: str, unit: str) -> tuple[Column, ...]:
+    ends = ((f"{name}_low", "lower end of its 95 % interval"), (f"{name}_high", "upper end of its 95 % interval"))
+    return tuple(Column(column, FLOAT64, told, unit, nullable=True) for column, told in ((name, meaning), *ends))
+
+
+_SLICE_VALUE = Column("value", STRING, "the category, annotator or guideline version; empty for all")
+_KAPPA = (
+    "quadratic-weighted kappa of single marks with the majority of the pair's other raters, where these have one; "
+    "null below min_marks"
+)
+ANNOTATOR_QUALITY = TableSpec(
+    "annotator_quality",
+    "How each named annotator marks beside the others and beside gold, one row per slice.",
+    "spark",
+    ("dataset", "annotator", "slice", "value"),
+    (
+        _DATASET,
+        Column("annotator", STRING, "who gave the marks"),
+        Column("slice", STRING, "all, category (of the product) or guideline (version)"),
+        _SLICE_VALUE,
+        Column("num_marks", INT64, "single marks; of several marks of one pair the first", "marks"),
+        Column("num_compared", INT64, "those whose pair has a majority of other raters", "marks"),
+        Column("agreement", FLOAT64, "share of the compared that equal it", "0..1", nullable=True),
+        Column("bias", FLOAT64, "mean of mark less majority; above 0 marks too high", "steps", nullable=True),
+        *_with_interval("kappa", _KAPPA, "-1..1"),
+        Column("num_gold", INT64, "marks of pairs with a known grade: gold questions and experts' verdicts", "marks"),
+        Column("num_verdicts", INT64, "those known by a verdict; the audit picks pairs in doubt, so these are hard"),
+        *_with_interval("gold_accuracy", "share of the marks of known pairs that are right", "0..1"),
+        Column("gold_bias", FLOAT64, "mean of mark less known grade", "steps", nullable=True),
+    ),
+)
+ANNOTATION_AGREEMENT = TableSpec(
+    "annotation_agreement",
+    "How raters agree with each other, one row per slice; rows that hold a mean of raters are left out.",
+    "spark",
+    ("dataset", "slice", "value"),
+    (
+        _DATASET,
+        Column("slice", STRING, "all, category (of the product), guideline (version) or annotator (pairs of one)"),
+        _SLICE_VALUE,
+        Column("num_pairs", INT64, "pairs with two marks or more", "pairs"),
+        Column("num_marks", INT64, "their marks", "marks"),
+        *_with_interval("alpha_ordinal", "Krippendorff's alpha, ordinal; null where all marks are one grade", "-1..1"),
+        *_with_interval("alpha_interval", "the same, interval", "-1..1"),
+        *_with_interval("alpha_nominal", "the same, nominal", "-1..1"),
+        Column("num_compared", INT64, "marks whose pair has a majority of other raters", "marks"),
+        *_with_interval("kappa", _KAPPA, "-1..1"),
+    ),
 )
 
 CLICK_MODEL = TableSpec(
@@ -733,6 +853,11 @@ TABLES: dict[str, TableSpec] = {
         EVENT_TALLY,
         HUMAN_ANNOTATION,
         ANNOTATION_CONSENSUS,
+        GOLD_QUESTION,
+        ANNOTATOR_CONFUSION,
+        DAWID_SKENE_ROUND,
+        ANNOTATOR_QUALITY,
+        ANNOTATION_AGREEMENT,
         CLICK_MODEL,
         CLICK_MODEL_ROUND,
         ENGAGEMENT,

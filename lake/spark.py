@@ -12,13 +12,13 @@ import re
 import shutil
 import stat
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from conf.load import meaning, settings
 from lake import tables
-from lake.schemas import TABLES, TableSpec, check_schema
+from lake.schemas import TABLES, Column, TableSpec, check_schema
 from lake.storage import Lake, LakeError
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _trimmed_java_home(runtime: Path) -> str:
 
 
 def rows(spark: SparkSession, lake: Lake, spec: TableSpec, *, version: int | None = None) -> DataFrame:
-    """A table at a version (None: newest) as a frame.
+    """A table at a version (None: newest) as a frame; nulls for columns that it lacks and its specification gained.
 
     Raises:
         LakeError: the table does not exist.
@@ -200,7 +200,17 @@ def rows(spark: SparkSession, lake: Lake, spec: TableSpec, *, version: int | Non
     reader = spark.read.format("delta")
     if version is not None:
         reader = reader.option("versionAsOf", version)
-    return reader.load(lake.table(spec.name))
+    frame = reader.load(lake.table(spec.name))
+    held = set(frame.columns)
+    gained = [column for column in spec.columns if column.nullable and column.name not in held]
+    return _with_nulls(frame, gained) if gained else frame
+
+
+def _with_nulls(frame: DataFrame, columns: Sequence[Column]) -> DataFrame:
+    from pyspark.sql import functions as sf
+    from pyspark.sql.pandas.types import from_arrow_type
+
+    return frame.withColumns({column.name: sf.lit(None).cast(from_arrow_type(column.type)) for column in columns})
 
 
 def pinned_rows(spark: SparkSession, lake: Lake, inputs: Mapping[str, str]) -> dict[str, DataFrame]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as sf
 
-from spark_etl.checked import reason_of, refuse_unknown
+from spark_etl.checked import clean_text, reason_of, refuse_unknown
 
-COLUMNS = ("query_id", "product_id", "mark", "scale", "num_marks", "annotator", "grade", "grade_value")
+COLUMNS = ("query_id", "product_id", "mark", "scale", "num_marks", "annotator", "grade", "grade_value", "guideline")
 
 
 def check_annotations(raw: DataFrame, queries: DataFrame, products: DataFrame) -> DataFrame:
@@ -34,6 +34,7 @@ def check_annotations(raw: DataFrame, queries: DataFrame, products: DataFrame) -
             "num_marks": sf.coalesce("num_marks", sf.lit("1")).try_cast("int"),
             "grade": sf.col("grade").try_cast("tinyint"),
             "grade_value": sf.coalesce(sf.col("grade_value"), sf.col("grade")).try_cast("double"),
+            "guideline": clean_text("guideline"),
         }
     )
     checked = refuse_unknown(typed.withColumn("reason", reason), queries, ("dataset", "query_id"))

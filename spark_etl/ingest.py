@@ -8,9 +8,9 @@ from pathlib import Path
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
-from lake.schemas import CATALOG_PRODUCT, HUMAN_ANNOTATION, QUERY
+from lake.schemas import CATALOG_PRODUCT, GOLD_QUESTION, HUMAN_ANNOTATION, QUERY
 from spark_etl import annotations as marks
-from spark_etl import catalog, queries
+from spark_etl import catalog, gold, queries
 from spark_etl.checked import Tally, kept
 from spark_etl.raw import find_files, read_raw
 from spark_etl.recipes import IngestRecipe
@@ -20,7 +20,7 @@ NEEDED = ("catalog", "queries", "annotations")
 
 
 def check_folders(folders: Mapping[str, str]) -> None:
-    """Checks that every data set has the parts without which nothing can follow.
+    """Checks that every data set has the parts without which nothing can follow; gold is optional.
 
     Raises:
         ValueError: a part has no file.
@@ -50,10 +50,12 @@ def check_tables(
     query = with_split(queries.check_queries(read("queries", queries.COLUMNS), recipe), recipe.splits).persist()
     products, query_rows = kept(product, CATALOG_PRODUCT), kept(query, QUERY)
     annotation = marks.check_annotations(read("annotations", marks.COLUMNS), query_rows, products)
+    known = gold.check_gold(read("gold", gold.COLUMNS), query_rows, products)
     return {
         CATALOG_PRODUCT.name: product,
         QUERY.name: query,
         HUMAN_ANNOTATION.name: annotation.persist(),
+        GOLD_QUESTION.name: known.persist(),
     }
 
 

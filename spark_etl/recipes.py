@@ -122,13 +122,54 @@ class EventsRecipe:
 
 
 @settings
+class DawidSkeneRecipe:
+    """How annotators' confusion matrices are fitted."""
+
+    prior_marks: Annotated[
+        float,
+        meaning("marks per true grade that the pooled matrix counts as in each annotator's", "marks", gt=0),
+    ] = 8.0
+    distance_factor: Annotated[
+        float,
+        meaning("what each step between true grade and mark multiplies the pooled matrix' own prior by", gt=0, lt=1),
+    ] = 0.2
+    tolerance: Annotated[float, meaning("largest change of a probability in the last round", gt=0)] = 1e-3
+    max_rounds: Annotated[int, meaning("of expectation and maximisation, per stage", "rounds", ge=1)] = 200
+
+
+@settings
 class ConsensusRecipe:
     """When marks are a consensus."""
 
+    method: Annotated[
+        Literal["majority", "dawid_skene"],
+        meaning("majority of the marks, or the most probable grade by how each annotator marks"),
+    ] = "majority"
     min_agreement: Annotated[
         float,
-        meaning("share of a pair's marks that must give its grade; a tie never is a consensus", "0..1", ge=0, le=1),
+        meaning(
+            "share of a pair's marks that must give its grade, by majority; a tie never is a consensus",
+            "0..1",
+            ge=0,
+            le=1,
+        ),
     ] = 0.0
+    min_probability: Annotated[
+        float, meaning("probability that a pair's grade must have, by dawid_skene", "0..1", ge=0, le=1)
+    ] = 0.0
+    dawid_skene: DawidSkeneRecipe = DawidSkeneRecipe()
+
+
+@settings
+class AnnotatorsRecipe:
+    """How annotators are measured."""
+
+    min_marks: Annotated[
+        int, meaning("an annotator or slice with fewer compared marks has no kappa", "marks", ge=2)
+    ] = 20
+    category_levels: Annotated[
+        int, meaning("levels of the product's category path that make a slice", "levels", ge=1)
+    ] = 1
 
 
 @settings

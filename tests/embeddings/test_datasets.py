@@ -155,6 +155,31 @@ def test_rows_that_cannot_be_used_are_kept_with_their_reason(tmp_path):
     assert all(isinstance(json.loads(row["row"]), dict) for row in rejected if row["table"] != "judgements.csv")
 
 
+def test_the_guideline_s_version_comes_with_the_marks_where_it_is_told(tmp_path):
+    (tmp_path / "all.csv").write_text(
+        "q,sku,name,score,who,version\nshoe,1,Shoe,2,ann,v1\nshoe,1,Shoe,2,ann,v1\nshoe,1,Shoe,2,ann,v2\nshoe,1,Shoe,0,bob,\n"
+    )
+    judgements = {"file": "all.csv", "query": "q", "product": "sku", "mark": "score", "annotator": "who"}
+    mapping = {
+        "dataset": "shop",
+        "queries": {"file": "all.csv", "text": "q"},
+        "products": {"file": "all.csv", "id": "sku", "title": "name"},
+        "judgements": judgements | {"guideline": "version"},
+        "grade_cuts": {0: [0], 1: [1], 2: [2]},
+    }
+    counts = import_mapped(tmp_path, load(DatasetMapping, mapping), tmp_path / "raw")
+    marks = pq.read_table(tmp_path / "raw" / "annotations").to_pylist()
+    assert [(row["annotator"], row["grade"], row["guideline"]) for row in marks] == [
+        ("ann", 2, "v1"),
+        ("ann", 2, "v2"),
+        ("bob", 0, None),
+    ]
+    assert counts["rejected"] == 1
+    without = load(DatasetMapping, mapping | {"judgements": judgements})
+    import_mapped(tmp_path, without, tmp_path / "raw")
+    assert "guideline" not in pq.read_schema(tmp_path / "raw" / "annotations" / "part-00000.parquet").names
+
+
 def test_one_tab_separated_file_with_text_keys_bounds_splits_and_annotators(tmp_path):
     rows = [
         ("red shoe", "p1", "Shoe", "1.0", "ann", "Train"), ("red shoe", "p1", "Shoe", "2.5", "bob", "Train"),

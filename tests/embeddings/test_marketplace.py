@@ -159,6 +159,44 @@ def test_annotators_err_at_their_rates_and_planted_pairs_are_wrong_throughout(ma
         assert wrong[name] / total[name] == pytest.approx(rate, abs=0.035)
 
 
+def test_planted_annotators_err_in_their_ways_and_leave_the_others_marks_as_they_were(tmp_path, market):
+    crew = {"annotator_kinds": ["careful", "spammer", "high", "low", "careful"]}
+    crew["annotator_error_rates"] = [0.05, 1.0, 0.5, 0.5, 0.2]
+    plain = load(MarketplaceRecipe, {"num_products": 600, "num_queries": 80, "num_sessions": 0})
+    recipe = load(MarketplaceRecipe, {"num_products": 600, "num_queries": 80, "num_sessions": 0, **crew})
+    marks = {}
+    for name, one in (("plain", plain), ("crew", recipe)):
+        write_marketplace(one, tmp_path / name, tmp_path / "truth")
+        rows = pq.read_table(tmp_path / name / "annotations" / "part-00000.parquet").to_pylist()
+        marks[name] = {(row["query_id"], row["product_id"], row["annotator"]): row["grade"] for row in rows}
+    truth = {
+        (row["query_id"], row["product_id"]): row["grade"]
+        for row in pq.read_table(tmp_path / "truth" / "pair_grade.parquet").to_pylist()
+    }
+    planted = {
+        (row["query_id"], row["product_id"])
+        for row in pq.read_table(tmp_path / "truth" / "planted_error.parquet").to_pylist()
+    }
+    assert marks["plain"].keys() == marks["crew"].keys()
+    first = {key for key in marks["crew"] if key[2] == "A01"}  # of the same kind and rate as before
+    assert all(marks["plain"][key] == marks["crew"][key] for key in first)
+    given = defaultdict(Counter)
+    for (query, product, who), grade in marks["crew"].items():
+        if (query, product) not in planted:
+            given[who][truth.get((query, product), 0), grade] += 1
+    shares = {
+        who: {key: number / sum(n for other, n in found.items() if other[0] == key[0]) for key, number in found.items()}
+        for who, found in given.items()
+    }
+    for true in range(3):
+        for grade in range(3):
+            assert shares["A02"][true, grade] == pytest.approx(1 / 3, abs=0.1)
+    assert shares["A03"].keys() == {(0, 0), (0, 1), (1, 1), (1, 2), (2, 2)}
+    assert shares["A04"].keys() == {(0, 0), (1, 0), (1, 1), (2, 1), (2, 2)}
+    assert shares["A03"][1, 2] == pytest.approx(0.5, abs=0.1)
+    assert shares["A04"][1, 0] == pytest.approx(0.5, abs=0.1)
+
+
 def test_clicks_follow_grade_and_position_and_expose_planted_errors(market):
     folder, _ = market
     truth = {
@@ -188,6 +226,9 @@ def test_too_few_annotators_and_a_rate_above_one_are_refused(tmp_path):
     recipe = load(MarketplaceRecipe, {"marks_per_pair": 3, "annotator_error_rates": [0.1]})
     with pytest.raises(ValueError, match="annotator_error_rates: expected at least"):
         write_marketplace(recipe, tmp_path / "raw", tmp_path / "truth")
+    kinds = load(MarketplaceRecipe, {"annotator_kinds": ["careful", "spammer"]})
+    with pytest.raises(ValueError, match="annotator_kinds: expected one for each of the 5"):
+        write_marketplace(kinds, tmp_path / "raw", tmp_path / "truth")
     with pytest.raises(ConfigError, match="annotator_error_rates"):
         load(MarketplaceRecipe, {"annotator_error_rates": [1.5]})
     assert not (tmp_path / "raw").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import write_deltalake
 
 from conf.load import ConfigError, load_job
 from jobs import (
@@ -18,13 +19,20 @@ from jobs import (
     build_instances,
     ingest,
     ingest_events,
+    measure_annotators,
     sample_pairs,
 )
+from lake import spark as lake_spark
 from lake import tables
 from lake.schemas import (
+    ANNOTATION_AGREEMENT,
     ANNOTATION_CONSENSUS,
+    ANNOTATOR_CONFUSION,
+    ANNOTATOR_QUALITY,
+    AUDIT_VERDICT,
     CANDIDATE_PAIR,
     CATALOG_PRODUCT,
+    DAWID_SKENE_ROUND,
     HUMAN_ANNOTATION,
     MINED_PAIR,
     PAIR_GRADE,
@@ -33,11 +41,13 @@ from lake.schemas import (
     SEARCH_EVENT,
     TRAINING_INSTANCE,
 )
+from tests.fakes import put
 
 JOBS = {
     "ingest": ingest,
     "ingest_events": ingest_events,
     "build_consensus": build_consensus,
+    "measure_annotators": measure_annotators,
     "build_engagement": build_engagement,
     "build_audit": build_audit,
     "sample_pairs": sample_pairs,
@@ -159,6 +169,92 @@ def grade_all(lake, labeller):
     }
     ledger = pa.Table.from_pylist(list(rows.values()), schema=PAIR_GRADE.schema)
     tables.append_once(lake, PAIR_GRADE, ledger, run_id="r", part="0")
+
+
+def write_crew(folder):
+    """Three named annotators: two right, one who marks everything 2; gold of ten pairs, two rows of it of no use."""
+    marks = [
+        {"query_id": f"q{n}", "product_id": f"p{g}", "annotator": who, "guideline": f"v{1 + n % 2}"}
+        | {"mark": str(given), "scale": "0-2", "num_marks": 1, "grade": given}
+        for n in range(40)
+        for g in range(3)
+        for who, given in (("ann", 2 - g), ("bob", 2 - g), ("cyd", 2))
+        if who != "ann" or n % 4  # every fourth query has two annotators, who tie where they differ
+    ]
+    names = ("query_id", "product_id", "mark", "scale", "annotator", "guideline")
+    types = {"num_marks": pa.int32(), "grade": pa.int8()} | dict.fromkeys(names, pa.string())
+    columns = {name: pa.array([mark[name] for mark in marks], kind) for name, kind in types.items()}
+    pq.write_table(pa.table(columns), folder / "annotations" / "part.parquet")
+    (folder / "gold").mkdir()
+    gold = [{"query_id": f"q{n}", "product_id": "p2", "grade": 0, "source": "panel"} for n in range(10)]
+    gold += [{"query_id": "q11", "product_id": "p2", "grade": 7}, {"query_id": "no", "product_id": "p2", "grade": 0}]
+    (folder / "gold" / "part.jsonl").write_text("\n".join(json.dumps(row) for row in gold))
+
+
+def test_dawid_skene_settles_ties_and_annotators_are_measured_by_gold_and_by_each_other(lake):
+    write_crew(write_raw(lake))
+    ingested = run(lake, "ingest", "inputs.raw=[raw/shop]", "recipe.max_rejected_fraction=0.2")
+    assert (ingested.counts["gold_question"], ingested.counts["gold_question_rejected"]) == (10, 2)
+    refused = [row["reason"] for row in tables.rows(lake, QUARANTINE).to_pylist()]
+    assert sorted(refused) == ["grade is not 0, 1 or 2", "query_id is not in the data set"]
+    put(
+        lake,
+        AUDIT_VERDICT,
+        [
+            {"dataset": "shop", "query_id": "q0", "product_id": "p0", "grade": 1, "expert": "eva"}
+            | {"decided_at": datetime(2026, 1, 1, tzinfo=UTC)}
+        ],
+    )
+    known = ["inputs.gold_question=newest", "inputs.audit_verdict=newest"]
+    assert run(lake, "build_consensus").rows == 120 - 2 * 10  # ties of 2 with 1 and with 0
+    voted = tables.rows(lake, ANNOTATION_CONSENSUS).to_pylist()
+    assert {(row["method"], row["p2"]) for row in voted} == {("majority", None)}
+    assert not tables.exists(lake, ANNOTATOR_CONFUSION)
+
+    record = run(lake, "build_consensus", "recipe.method=dawid_skene", *known)
+    assert record.counts["rounds/shop"] == tables.rows(lake, DAWID_SKENE_ROUND).num_rows
+    rows = tables.rows(lake, ANNOTATION_CONSENSUS).to_pylist()
+    assert len(rows) == 120
+    assert {row["method"]: row["judge"] for row in rows} == {
+        "dawid_skene": "human",
+        "gold": "human",
+        "verdict": "expert",
+    }
+    for row in rows:
+        right = 1 if row["method"] == "verdict" else 2 - int(row["product_id"][1:])
+        assert row["grade"] == right, row
+        if row["method"] != "verdict":
+            assert row["p0"] + row["p1"] + row["p2"] == pytest.approx(1)
+            assert row[f"p{right}"] > 0.8
+    blind = [row for row in tables.rows(lake, ANNOTATOR_CONFUSION).to_pylist() if row["annotator"] == "cyd"]
+    assert all((row["probability"] > 0.8) == (row["grade"] == 2) for row in blind)
+
+    measured = run(lake, "measure_annotators", *known)
+    quality = {
+        (row["annotator"], row["slice"], row["value"]): row for row in tables.rows(lake, ANNOTATOR_QUALITY).to_pylist()
+    }
+    ann, cyd = quality["ann", "all", ""], quality["cyd", "all", ""]
+    assert (ann["num_gold"], ann["gold_accuracy"], cyd["num_gold"], cyd["num_verdicts"]) == (7, 1.0, 11, 1)
+    assert (cyd["gold_accuracy"], cyd["gold_bias"]) == (0.0, (10 * 2 + 1) / 11)
+    assert cyd["kappa"] == pytest.approx(0.0)
+    assert cyd["bias"] == pytest.approx(1.0)
+    assert {key[2] for key in quality if key[1] == "guideline"} == {"v1", "v2"}
+    agreement = {(row["slice"], row["value"]): row for row in tables.rows(lake, ANNOTATION_AGREEMENT).to_pylist()}
+    assert agreement["all", ""]["num_pairs"] == 120
+    assert measured.metrics["alpha_ordinal/shop"] == agreement["all", ""]["alpha_ordinal"]
+
+
+def test_a_table_from_before_a_column_is_read_with_nulls(lake, spark):
+    write_raw(lake)
+    run(lake, "ingest", "inputs.raw=[raw/shop]")
+    before = tables.rows(lake, HUMAN_ANNOTATION).drop_columns(["guideline"])
+    path = lake.table(HUMAN_ANNOTATION.name)
+    write_deltalake(path, before, mode="overwrite", schema_mode="overwrite")
+    assert "guideline" not in spark.read.format("delta").load(path).columns
+    found = lake_spark.rows(spark, lake, HUMAN_ANNOTATION)
+    assert found.where("guideline IS NULL").count() == 120
+    assert dict(found.dtypes)["guideline"] == "string"
+    assert run(lake, "measure_annotators").counts["annotator_quality"] == 0
 
 
 def test_too_many_bad_rows_fail_the_run_and_change_no_table(lake):

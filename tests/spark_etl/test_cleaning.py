@@ -1,6 +1,7 @@
 """Raw rows into typed rows: reasons, repetitions, normal form, splits."""
 
 import hashlib
+from datetime import UTC, datetime
 from unicodedata import ucd_3_2_0
 
 import pytest
@@ -11,6 +12,7 @@ from embeddings.text import normal_form as python_normal_form
 from spark_etl.annotations import check_annotations
 from spark_etl.catalog import check_products
 from spark_etl.checked import REPEATED, tally
+from spark_etl.gold import check_gold, known_grades
 from spark_etl.queries import check_queries, normal_form
 from spark_etl.recipes import IngestRecipe, SplitRecipe
 from spark_etl.splits import with_split
@@ -204,7 +206,7 @@ def test_no_text_is_test_in_one_data_set_and_train_in_another(spark):
 
 def test_marks_are_numbered_and_bad_ones_get_reasons(spark):
     schema = "dataset string, query_id string, product_id string, mark string, scale string, num_marks string"
-    schema += ", annotator string, grade string, grade_value string, raw_row string, unparsed boolean"
+    schema += ", annotator string, grade string, grade_value string, guideline string, raw_row string, unparsed boolean"
     marks = [
         ("q1", "p1", "2", "1", "ann", "2", "a"),
         ("q1", "p1", "1", "1", "ann", "1", "b"),
@@ -219,23 +221,39 @@ def test_marks_are_numbered_and_bad_ones_get_reasons(spark):
         ("q1", "p1", "2.5", "3", "mean", "1", "high"),
     ]
     raw = [
-        ("d", q, p, mark, "s", num, who, grade, row if who == "mean" else None, row, False)
+        (
+            "d",
+            q,
+            p,
+            mark,
+            "s",
+            num,
+            who,
+            grade,
+            row if who == "mean" else None,
+            " v2 " if row == "b" else " ",
+            row,
+            False,
+        )
         for q, p, mark, num, who, grade, row in marks
     ]
     queries = spark.createDataFrame([("d", "q1")], "dataset string, query_id string")
     products = spark.createDataFrame([("d", "p1")], "dataset string, product_id string")
     found = check_annotations(spark.createDataFrame(raw, schema), queries, products).collect()
     kept = sorted(
-        (row["annotator"] or "", row["mark_number"], row["grade"], row["num_marks"], row["grade_value"])
+        (
+            row["annotator"] or "",
+            *(row[name] for name in ("mark_number", "grade", "num_marks", "grade_value", "guideline")),
+        )
         for row in found
         if not row["reason"]
     )
     assert kept == [
-        ("", 1, 2, 1, 2.0),
-        ("", 2, 2, 1, 2.0),
-        ("ann", 1, 2, 1, 2.0),
-        ("ann", 2, 1, 1, 1.0),
-        ("mean", 1, 1, 3, 0.5),
+        ("", 1, 2, 1, 2.0, None),
+        ("", 2, 2, 1, 2.0, None),
+        ("ann", 1, 2, 1, 2.0, None),
+        ("ann", 2, 1, 1, 1.0, "v2"),
+        ("mean", 1, 1, 3, 0.5, None),
     ]
     assert {row["raw_row"]: row["reason"] for row in found if row["reason"]} == {
         "unknown product": "product_id is not in the data set",
@@ -245,3 +263,53 @@ def test_marks_are_numbered_and_bad_ones_get_reasons(spark):
         "2.5": "grade_value is not between 0 and 2",
         "high": "grade_value is not between 0 and 2",
     }
+
+
+def test_gold_questions_are_typed_and_contradicting_ones_are_all_refused(spark):
+    schema = "dataset string, query_id string, product_id string, grade string, source string, note string"
+    schema += ", guideline string, raw_row string, unparsed boolean"
+    rows = [
+        ("q1", "p1", "2", " panel ", "brand  matches", "v1", "good"),
+        ("q1", "p1", "2", " panel ", "brand  matches", "v1", "good"),
+        ("q1", "p2", "0", None, None, None, "torn 0"),
+        ("q1", "p2", "1", None, None, None, "torn 1"),
+        ("q1", "p3", "1", None, " ", None, "a first"),
+        ("q1", "p3", "1", "later", None, None, "b second"),
+        ("q1", "p1", "3", None, None, None, "grade"),
+        ("q1", "", "1", None, None, None, "product"),
+        ("q9", "p1", "1", None, None, None, "query"),
+    ]
+    queries = spark.createDataFrame([("d", "q1")], "dataset string, query_id string")
+    products = spark.createDataFrame([("d", f"p{n}") for n in (1, 2, 3)], "dataset string, product_id string")
+    raw = spark.createDataFrame([("d", *row, False) for row in rows], schema)
+    checked = check_gold(raw, queries, products).persist()
+    found = checked.collect()
+    kept = [
+        tuple(row[name] for name in ("product_id", "grade", "source", "note", "guideline"))
+        for row in found
+        if row["reason"] is None
+    ]
+    assert sorted(kept) == [("p1", 2, "panel", "brand matches", "v1"), ("p3", 1, None, None, None)]
+    assert {row["raw_row"]: row["reason"] for row in found if row["reason"] and row["raw_row"] != "good"} == {
+        "torn 0": "another row gives the pair another grade",
+        "torn 1": "another row gives the pair another grade",
+        "b second": "another row has the same product_id and other content",
+        "grade": "grade is not 0, 1 or 2",
+        "product": "product_id is missing",
+        "query": "query_id is not in the data set",
+    }
+    (count,) = tally(checked)
+    assert (count.num_kept, count.num_repeated, count.num_rejected) == (2, 1, 6)
+
+
+def test_a_verdict_is_gold_too_and_goes_before_a_question(spark):
+    pair = "dataset string, query_id string, product_id string, grade tinyint"
+    day = [datetime(2026, 1, number, tzinfo=UTC) for number in (1, 2)]
+    questions = spark.createDataFrame([("d", "q", "asked", 2), ("d", "q", "both", 2)], pair)
+    decided = [("d", "q", "both", 1, "eva", day[0]), ("d", "q", "both", 0, "eva", day[1])]
+    decided.append(("d", "q", "decided", 1, "eva", day[0]))
+    verdicts = spark.createDataFrame(decided, f"{pair}, expert string, decided_at timestamp")
+    found = {row["product_id"]: (row["gold"], row["is_verdict"]) for row in known_grades(questions, verdicts).collect()}
+    assert found == {"asked": (2, False), "both": (0, True), "decided": (1, True)}
+    assert known_grades(questions, None).count() == known_grades(None, verdicts).count() == 2
+    assert known_grades(None, None) is None

@@ -60,10 +60,10 @@ def test_the_newest_verdict_takes_the_place_of_the_marks(spark):
     ]
     frame = spark.createDataFrame(verdicts, f"{PAIR}, grade tinyint, expert string, decided_at timestamp, note string")
     joined = with_verdicts(consensus_of(spark, [("judged", 1, 1), ("other", 2, 1)]), frame).collect()
-    assert sorted((row["product_id"], row["grade"], row["judge"]) for row in joined) == [
-        ("judged", 0, "expert"),
-        ("other", 2, "human"),
-        ("unmarked", 1, "expert"),
+    assert sorted((row["product_id"], row["grade"], row["judge"], row["method"]) for row in joined) == [
+        ("judged", 0, "expert", "verdict"),
+        ("other", 2, "human", "majority"),
+        ("unmarked", 1, "expert", "verdict"),
     ]
 
 
