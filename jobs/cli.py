@@ -48,7 +48,15 @@ EXPORT_SETTINGS = """  out=required
 """
 
 OPTIONS = ("--json", "--help", "-h")
-SPARK_JOBS = ("ingest", "build_consensus", "build_engagement", "build_audit", "sample_pairs", "build_instances")
+SPARK_JOBS = (
+    "ingest",
+    "build_consensus",
+    "build_engagement",
+    "build_audit",
+    "build_review",
+    "sample_pairs",
+    "build_instances",
+)
 RAY_JOBS = (
     "tune_labeller",
     "evaluate_labeller",

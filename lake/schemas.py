@@ -280,22 +280,66 @@ AUDIT_CONFLICT = TableSpec(
         Column("wrong_probability", FLOAT64, "of the other grades together", "0..1", nullable=True),
         Column("expected_change", FLOAT64, "mean distance to the true grade", "steps", nullable=True),
         Column("priority", FLOAT64, "what a review is worth, larger first: expected change by traffic"),
+        Column(
+            "found_at",
+            TIMESTAMP,
+            "when the run began that found the pair in doubt; later runs keep it while the doubt lasts",
+            "UTC",
+            nullable=True,
+        ),
     ),
     checks=(_GRADE_CHECK,),
 )
 AUDIT_VERDICT = TableSpec(
     "audit_verdict",
-    "What an expert decided of a doubtful pair; the newest row of a pair counts.",
-    "spark",
-    ("dataset", "query_id", "product_id", "decided_at"),
+    "What an expert decided of a doubtful pair; the newest row of a pair counts. Append-only.",
+    "delta-rs",
+    ("dataset", "query_id", "product_id", "expert", "decided_at"),
     (
         *_PAIR,
         _grade("the expert's grade"),
-        Column("expert", STRING, "who decided"),
+        Column("expert", STRING, "who decided; judges: and fingerprints where labellers did"),
         Column("decided_at", TIMESTAMP, "when", "UTC"),
         Column("note", STRING, "why", nullable=True),
+        Column("guideline", STRING, "version of the guideline that was decided under", nullable=True),
+        Column("batch", STRING, "batch of review_queue that asked for it", nullable=True),
     ),
     checks=(_GRADE_CHECK,),
+)
+_BATCH = Column("batch", STRING, "run of build_review that queued the pair")
+REVIEW_QUEUE = TableSpec(
+    "review_queue",
+    "Doubtful pairs drawn for review, batch by batch, with the evidence as it was then.",
+    "spark",
+    ("batch", "dataset", "query_id", "product_id"),
+    (
+        _BATCH,
+        *_PAIR,
+        Column("rank", INT32, "place in the batch, first is 1; any beginning holds both parts in their shares", "rank"),
+        Column("traffic", STRING, "head, torso or tail: which share of its data set's impressions the query carries"),
+        Column("category", STRING, "first level of the product's category; empty where it has none"),
+        Column("kind", STRING, "kind of the conflict; with data set, traffic and category it makes the stratum"),
+        Column("stratum_size", INT64, "conflicts of the stratum that waited for review", "pairs"),
+        Column(
+            "inclusion_probability",
+            FLOAT64,
+            "chance with which the pair was drawn; null where it came by its priority",
+            "0..1",
+            nullable=True,
+        ),
+        *(
+            column
+            for column in AUDIT_CONFLICT.columns
+            if column not in _PAIR and column.name not in ("kind", "stratum")
+        ),
+        _CREATED,
+    ),
+    partition_by=("batch",),
+    checks=(
+        _GRADE_CHECK,
+        ("traffic_is_known", "traffic IN ('head', 'torso', 'tail')"),
+        ("inclusion_is_a_chance", "inclusion_probability IS NULL OR inclusion_probability BETWEEN 0 AND 1"),
+    ),
 )
 
 CANDIDATE_PAIR = TableSpec(
@@ -627,6 +671,7 @@ TABLES: dict[str, TableSpec] = {
         ENGAGEMENT,
         AUDIT_CONFLICT,
         AUDIT_VERDICT,
+        REVIEW_QUEUE,
         CANDIDATE_PAIR,
         PAIR_GRADE,
         CLASS_RATE,
