@@ -71,6 +71,8 @@ RAY_JOBS = (
 PLAIN_JOBS = (
     "simulate",
     "import_dataset",
+    "export_review",
+    "import_verdicts",
     "record_human_grades",
     "vote_grades",
     "correct_class_rates",

@@ -1,16 +1,29 @@
 """Doubtful pairs from the queue to the experts and back, on real Spark and real Delta."""
 
+import csv
+import json
 from datetime import UTC, datetime
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
-from conf.load import load_job
-from jobs import build_review
+from conf.load import ConfigError, load_job
+from jobs import build_review, export_review, import_verdicts
 from lake import tables
-from lake.schemas import AUDIT_CONFLICT, AUDIT_VERDICT, CATALOG_PRODUCT, ENGAGEMENT, QUERY, REVIEW_QUEUE
+from lake.schemas import (
+    AUDIT_CONFLICT,
+    AUDIT_VERDICT,
+    CATALOG_PRODUCT,
+    ENGAGEMENT,
+    QUARANTINE,
+    QUERY,
+    REVIEW_QUEUE,
+)
 from tests.fakes import hash_of, put
 
-JOBS = {"build_review": build_review}
+JOBS = {"build_review": build_review, "export_review": export_review, "import_verdicts": import_verdicts}
 DAY = {number: datetime(2026, 1, number, 3, tzinfo=UTC) for number in range(1, 10)}
 
 
@@ -88,3 +101,214 @@ def test_batches_follow_each_other_until_nothing_waits(doubtful):
     again = run(doubtful, "build_review", f"recipe.abandoned=[{first.run_id},{second.run_id}]")
     # what came up after its verdict waits again
     assert again.rows == 11
+
+
+@pytest.fixture
+def queue(doubtful):
+    """Two batches without Spark: all twelve pairs in the second, the first of them also in the first."""
+    found = tables.rows(doubtful, AUDIT_CONFLICT).to_pylist()
+    fixed = {"traffic": "head", "category": "Garden", "stratum_size": 12}
+    rows = [
+        row
+        | fixed
+        | {"batch": "new", "rank": n + 1, "created_at": DAY[3], "inclusion_probability": 0.5 if n < 6 else None}
+        for n, row in enumerate(found)
+    ]
+    put(doubtful, REVIEW_QUEUE, [rows[0] | {"batch": "old", "created_at": DAY[2]}, *rows])
+    return doubtful
+
+
+def filled(path, answers):
+    """The exported CSV with cells set per product and query, as a spreadsheet would save it."""
+    with open(path, encoding="utf-8-sig", newline="") as stream:
+        names, *lines = csv.reader(stream)
+    rows = [dict(zip(names, line, strict=True)) for line in lines]
+    out = path.with_name("filled.csv")
+    with open(out, "w", encoding="utf-8", newline="") as stream:
+        sheet = csv.DictWriter(stream, names)
+        sheet.writeheader()
+        for row in rows:
+            sheet.writerow(row | answers.get((row["query_id"], row["product_id"]), {}))
+    return out
+
+
+def test_the_newest_batch_is_exported_in_three_formats_with_texts_and_guideline(queue, tmp_path):
+    record = run(queue, "export_review")
+    assert (record.rows, record.outputs) == (12, {"review": "reviews/new"})
+    folder = Path(queue.path("reviews", "new"))
+    assert "exact" in (folder / "guideline.md").read_text()
+    with open(folder / "review.csv", encoding="utf-8-sig", newline="") as stream:
+        cells = list(csv.DictReader(stream))
+    rows = parquet.read_table(folder / "review.parquet").to_pylist()
+    records = [json.loads(line) for line in (folder / "argilla.jsonl").read_text().splitlines()]
+    assert len(cells) == len(rows) == len(records) == 12
+    first = rows[0]
+    assert (first["query"], first["title"], first["description"]) == ("=query 0", "title, 0", '-1 "deep"\nwell')
+    assert (first["human_grade"], first["human_grade_name"], first["guideline"], first["rank"]) == (2, "exact", "v1", 1)
+    assert first["evidence"].startswith("Raters, shoppers and labeller together")
+    assert (rows[1]["category"], first["category"], first["verdict"]) == ("Garden > Tools", None, None)
+    assert (cells[0]["query"], cells[0]["description"]) == ("'=query 0", '\'-1 "deep"\nwell')
+    assert (cells[0]["brand"], cells[0]["human_grade"], cells[0]["verdict"]) == ("Åcme", "2", "")
+    assert [record["fields"]["query"] for record in records] == [row["query"] for row in rows]
+    assert {record["metadata"]["guideline"] for record in records} == {"v1"}
+
+    elsewhere = tmp_path / "outside"
+    old = run(queue, "export_review", f"out={elsewhere}", "recipe.batch=old", "recipe.formats=[csv]")
+    assert (old.rows, old.outputs["review"]) == (1, str(elsewhere))
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["guideline.md", "review.csv"]
+    with pytest.raises(ConfigError, match=r"recipe.batch='none': the queue holds old, new"):
+        run(queue, "export_review", "recipe.batch=none")
+
+
+def test_a_pair_whose_product_is_gone_is_left_out_and_counted(queue):
+    kept = [row for row in tables.rows(queue, CATALOG_PRODUCT).to_pylist() if row["product_id"] != "p3"]
+    tables.open_table(queue, CATALOG_PRODUCT).delete()
+    put(queue, CATALOG_PRODUCT, kept)
+    assert run(queue, "export_review").counts == {"queued": 12, "without_text": 3}
+
+
+def test_a_filled_in_sheet_becomes_verdicts_and_what_cannot_be_used_goes_to_quarantine(queue):
+    run(queue, "export_review")
+    answer = {"expert": "eva", "decided_at": "2026-01-05"}
+    sheet = filled(
+        Path(queue.path("reviews", "new", "review.csv")),
+        {
+            ("q0", "p0"): answer | {"verdict": "0", "note": "'=cell"},
+            ("q0", "p1"): answer | {"verdict": "Exact", "note": "- as it is", "guideline": "v2"},
+            ("q0", "p2"): answer | {"verdict": "3"},
+            ("q0", "p3"): answer | {"verdict": "1", "expert": " "},
+            ("q1", "p0"): answer | {"verdict": "1", "decided_at": "5.1.2026"},
+            ("q1", "p1"): answer | {"verdict": "1", "decided_at": "2999-01-01"},
+            ("q1", "p2"): answer | {"verdict": "1", "product_id": "p9"},
+            ("q1", "p3"): answer | {"verdict": "1", "batch": "old"},
+            ("q2", "p0"): answer | {"verdict": "1", "expert": "consensus"},
+            ("q2", "p1"): answer | {"verdict": "", "note": "cannot tell"},
+            ("q2", "p2"): answer | {"verdict": "1", "decided_at": ""},
+        },
+    )
+    with open(sheet, "a", encoding="utf-8", newline="") as stream:
+        stream.write("only,two\n")
+    with pytest.raises(ValueError, match=r"10 of 12 answers of .* above recipe.max_rejected_fraction=0.1; no verdict"):
+        run(queue, "import_verdicts", f"inputs.file={sheet}")
+    assert not tables.exists(queue, AUDIT_VERDICT)
+
+    record = run(queue, "import_verdicts", f"inputs.file={sheet}", "recipe.max_rejected_fraction=1")
+
+    assert record.counts == {
+        "rows": 12,
+        "verdicts": 2,
+        "quarantined": 10,
+        "repeated": 0,
+        "unanswered": 1,
+        "experts_differ": 0,
+    }
+    first, second = tables.rows(queue, AUDIT_VERDICT).sort_by("product_id").to_pylist()
+    assert first == {"dataset": "s", "query_id": "q0", "product_id": "p0", "grade": 0, "expert": "eva"} | {
+        "decided_at": datetime(2026, 1, 5, tzinfo=UTC),
+        "note": "=cell",
+        "guideline": "v1",
+        "batch": "new",
+    }
+    assert (second["grade"], second["note"], second["guideline"]) == (2, "- as it is", "v2")
+    refused = tables.rows(queue, QUARANTINE).to_pylist()
+    # the same rows for the same reasons, refused twice, stand there once
+    assert sorted(row["reason"].split(";")[0] for row in refused) == [
+        "decided_at '5.1.2026' is no time as in 2026-01-31 or 2026-01-31T12:00:00Z",
+        "decided_at 2999-01-01T00:00:00+00:00 lies in the future",
+        "decided_at is missing",
+        "expert 'consensus' is no name of a person",
+        "expert is missing",
+        "the line is not a row of its file's format",
+        "the pair is not in the queue of batch new",
+        "the pair is not in the queue of batch old",
+        "there is no verdict",
+        "verdict '3' is none of 0, 1, 2, irrelevant, partial, exact",
+    ]
+    assert {row["table_name"] for row in refused} == {"audit_verdict"}
+    lost = next(row for row in refused if row["reason"] == "the pair is not in the queue of batch new")
+    assert json.loads(lost["row"])["product_id"] == "p9"
+
+    versions = {spec.name: tables.version(queue, spec) for spec in (AUDIT_VERDICT, QUARANTINE)}
+    again = run(queue, "import_verdicts", f"inputs.file={sheet}", "recipe.max_rejected_fraction=1")
+    assert again.counts == record.counts | {"verdicts": 0, "repeated": 2}
+    assert {spec.name: tables.version(queue, spec) for spec in (AUDIT_VERDICT, QUARANTINE)} == versions
+
+
+def rows_of(*answers):
+    """Rows of (product, verdict, expert, day, note)."""
+    names = ("product_id", "verdict", "expert", "decided_at", "note")
+    place = {"batch": "new", "dataset": "s", "query_id": "q0", "guideline": "v1"}
+    return [place | dict(zip(names, answer, strict=True)) for answer in answers]
+
+
+TOLD = rows_of(
+    ("p0", 0, "eva", DAY[4], None),
+    ("p0", 0, "eva", DAY[4], None),
+    ("p0", 1, "eva", DAY[5], None),
+    ("p0", 2, "ulf", DAY[4], None),
+    ("p1", 1, "eva", DAY[4], None),
+    ("p1", 2, "eva", DAY[4], None),
+    ("p2", 1, "eva", DAY[4], None),
+    ("p2", 1, "eva", DAY[4], "why"),
+)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "json"])
+def test_doubles_are_repeated_and_contradictions_refused_whatever_the_format(queue, tmp_path, kind):
+    path = tmp_path / f"answers.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pa.Table.from_pylist(TOLD), path)
+    else:
+        texts = [json.dumps(row, default=str) for row in TOLD]
+        path.write_text(f"[{','.join(texts)}]" if kind == "json" else "\n".join([*texts, "", "{broken"]))
+    record = run(queue, "import_verdicts", f"inputs.file={path}", "recipe.max_rejected_fraction=0.5")
+    broken = int(kind == "jsonl")
+    assert record.counts == {"rows": 8 + broken, "verdicts": 4, "quarantined": 3 + broken, "repeated": 1} | {
+        "unanswered": 0,
+        "experts_differ": 1,
+    }
+    found = tables.rows(queue, AUDIT_VERDICT).to_pylist()
+    assert sorted((row["product_id"], row["expert"], row["decided_at"].day, row["grade"]) for row in found) == [
+        ("p0", "eva", 4, 0),
+        ("p0", "eva", 5, 1),
+        ("p0", "ulf", 4, 2),
+        ("p2", "eva", 4, 1),
+    ]
+    reasons = tables.rows(queue, QUARANTINE)["reason"].to_pylist()
+    assert sum(reason == "the same expert gives the pair another grade at the same time" for reason in reasons) == 2
+
+    later = tmp_path / "later.jsonl"
+    told = rows_of(("p0", 2, "eva", DAY[4], None), ("p0", 0, "eva", DAY[4], "new note"), ("p3", 2, "eva", DAY[4], None))
+    later.write_text("\n".join(json.dumps(row, default=str) for row in told))
+    record = run(queue, "import_verdicts", f"inputs.file={later}", "recipe.max_rejected_fraction=1")
+    counts = {name: record.counts[name] for name in ("rows", "verdicts", "quarantined", "repeated")}
+    assert counts == {"rows": 3, "verdicts": 1, "quarantined": 2, "repeated": 0}
+
+
+def test_argilla_s_export_with_several_annotators_becomes_a_verdict_each(queue, tmp_path):
+    run(queue, "export_review", "recipe.formats=[argilla]")
+    records = [
+        json.loads(line) for line in Path(queue.path("reviews", "new", "argilla.jsonl")).read_text().splitlines()
+    ]
+    records[0]["responses"] = {"grade": [{"value": "exact", "user_id": "u1"}, {"value": "partial", "user_id": "u2"}]}
+    records[1] |= {"responses": [{"values": {"grade": {"value": "irrelevant"}}, "user_id": "u2", "status": "draft"}]}
+    path = tmp_path / "argilla.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    words = [f"inputs.file={path}", "recipe.experts={u1: eva}"]
+    with pytest.raises(ValueError, match=r"2 of 2 answers .* decided_at is missing; give recipe.decided_at=TIME"):
+        run(queue, "import_verdicts", *words)
+    record = run(queue, "import_verdicts", *words, "recipe.decided_at=2026-01-06")
+    assert (record.rows, record.counts["unanswered"], record.counts["experts_differ"]) == (2, 11, 1)
+    found = tables.rows(queue, AUDIT_VERDICT).sort_by("expert").to_pylist()
+    assert [(row["expert"], row["grade"], row["batch"], row["guideline"]) for row in found] == [
+        ("eva", 2, "new", "v1"),
+        ("u2", 1, "new", "v1"),
+    ]
+
+
+def test_a_file_that_answers_no_queue_is_named(queue, tmp_path):
+    (tmp_path / "a.csv").write_text("query,title\nx,y\n")
+    with pytest.raises(ConfigError, match="column 'dataset' is missing; fill in a file that export_review wrote"):
+        run(queue, "import_verdicts", f"inputs.file={tmp_path}/a.csv")
+    with pytest.raises(ConfigError, match=r"expected an existing file that ends in \.csv, \.parquet"):
+        run(queue, "import_verdicts", "inputs.file=none.xlsx")
