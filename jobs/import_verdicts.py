@@ -28,12 +28,10 @@ from jobs import job
 from jobs.label_file import read_pairs
 from lake import tables
 from lake.runs import Run, RunRecord
-from lake.schemas import AUDIT_VERDICT, CONSENSUS, QUARANTINE, REVIEW_QUEUE
+from lake.schemas import AUDIT_VERDICT, CONSENSUS, JUDGES_PREFIX, QUARANTINE, REVIEW_QUEUE
 
 FORMATS = (".csv", ".parquet", ".jsonl", ".json")
 REQUIRED = ("dataset", "query_id", "product_id", "verdict", "expert")
-JUDGES_PREFIX = "judges:"
-"""Begins the name of labellers that decided together; no expert's does."""
 LATEST = timedelta(days=1)
 """How far ahead a verdict may lie, for clocks and zones; one further ahead would count for ever."""
 NO_ROW = "the line is not a row of its file's format"

@@ -26,6 +26,9 @@ JUDGES: tuple[str, ...] = ("expert", "human")
 CONSENSUS = "consensus"
 """Who judged in the ledger's human rows that are no expert's verdict."""
 
+JUDGES_PREFIX = "judges:"
+"""Begins the expert of a verdict that labellers gave together; no person's name does."""
+
 
 class Grade(enum.IntEnum):
     """How well a product answers a query, under the guideline."""
