@@ -73,6 +73,7 @@ PLAIN_JOBS = (
     "import_dataset",
     "export_review",
     "import_verdicts",
+    "audit_report",
     "record_human_grades",
     "vote_grades",
     "correct_class_rates",

@@ -19,11 +19,17 @@ from lake.schemas import (
     MINED_PAIR,
     PAIR_GRADE,
     QUERY,
+    REVIEW_GRADE,
+    REVIEW_QUEUE,
+    REVIEW_ROUTE,
     TableSpec,
 )
 from lake.storage import Lake, LakeError
 
-BY_ID = (HUMAN_ANNOTATION, ANNOTATION_CONSENSUS, ENGAGEMENT, AUDIT_CONFLICT, AUDIT_VERDICT, MINED_PAIR)
+BY_ID = (
+    *(HUMAN_ANNOTATION, ANNOTATION_CONSENSUS, ENGAGEMENT, AUDIT_CONFLICT),
+    *(REVIEW_QUEUE, REVIEW_GRADE, REVIEW_ROUTE, AUDIT_VERDICT, MINED_PAIR),
+)
 
 
 def explain(lake: Lake, query: str, product: str) -> dict[str, list[dict[str, Any]]]:

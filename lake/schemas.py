@@ -309,7 +309,7 @@ AUDIT_VERDICT = TableSpec(
     ),
     checks=(_GRADE_CHECK,),
 )
-_BATCH = Column("batch", STRING, "run of build_review that queued the pair")
+_BATCH = Column("batch", STRING, "review- and the run of build_review that queued the pair")
 REVIEW_QUEUE = TableSpec(
     "review_queue",
     "Doubtful pairs drawn for review, batch by batch, with the evidence as it was then.",
@@ -342,6 +342,87 @@ REVIEW_QUEUE = TableSpec(
         _GRADE_CHECK,
         ("traffic_is_known", "traffic IN ('head', 'torso', 'tail')"),
         ("inclusion_is_a_chance", "inclusion_probability IS NULL OR inclusion_probability BETWEEN 0 AND 1"),
+    ),
+)
+REVIEW_GRADE = TableSpec(
+    "review_grade",
+    "What labellers that were asked again say of queued pairs; the grades are rows of the ledger too.",
+    "delta-rs",
+    ("batch", "dataset", "query_id", "product_id", "labeller"),
+    (
+        _BATCH,
+        *_PAIR,
+        Column("labeller", STRING, "fingerprint of the labeller"),
+        _grade("the labeller's grade"),
+        *_PROBABILITIES,
+        _RUN,
+        _CREATED,
+    ),
+    partition_by=("batch",),
+    checks=(_GRADE_CHECK,),
+)
+ROUTES = ("kept", "changed", "to_expert")
+REVIEW_ROUTE = TableSpec(
+    "review_route",
+    "Where the labellers' agreement leads a queued pair.",
+    "delta-rs",
+    ("batch", "dataset", "query_id", "product_id"),
+    (
+        _BATCH,
+        *_PAIR,
+        Column(
+            "route",
+            STRING,
+            "kept: all labellers give the human grade; changed: all give one other grade, surely enough; to_expert: "
+            "the rest",
+        ),
+        Column(
+            "joint_grade",
+            INT8,
+            "most probable grade by the mean of their probabilities; null where one gave none",
+            "0, 1, 2",
+            nullable=True,
+        ),
+        Column("least_probability", FLOAT64, "that the least sure of them gives it", "0..1", nullable=True),
+        Column("labellers", STRING, "their fingerprints, joined by blanks"),
+        _RUN,
+        _CREATED,
+    ),
+    partition_by=("batch",),
+    checks=(("route_is_known", f"route IN {ROUTES}"),),
+)
+AUDIT_REPORT = TableSpec(
+    "audit_report",
+    "What the reviews found, one row per part of the queue and slice.",
+    "delta-rs",
+    ("run_id", "part", "slice", "name"),
+    (
+        _RUN,
+        Column("part", STRING, "random: tells of all conflicts; priority: tells of itself; all: of both, where said"),
+        Column(
+            "slice",
+            STRING,
+            "all, dataset, traffic, category, kind, stratum, guideline, batch, or figure for those of the paper",
+        ),
+        Column("name", STRING, "value of the slice; empty for all"),
+        Column("num_queued", INT64, "pairs asked", "pairs"),
+        Column("num_judged", INT64, "pairs of these with a verdict, or kept by labellers", "pairs"),
+        Column("num_changed", INT64, "pairs of these whose verdict is not the human grade", "pairs"),
+        Column("num_up", INT64, "pairs of these whose verdict is above it", "pairs"),
+        Column(
+            "stands_for",
+            FLOAT64,
+            "conflicts of the strata with judged random pairs; null where nothing is drawn from",
+            "pairs",
+            nullable=True,
+        ),
+        Column("share", FLOAT64, "share changed, or the figure; of random pairs weighted", "0..1", nullable=True),
+        Column(
+            "low", FLOAT64, "lower end of its 95 % interval, Wilson's, over several strata Yan and Su's", nullable=True
+        ),
+        Column("high", FLOAT64, "upper end", nullable=True),
+        Column("up_share", FLOAT64, "share of the changed that went up, weighted alike", "0..1", nullable=True),
+        _CREATED,
     ),
 )
 
@@ -675,6 +756,9 @@ TABLES: dict[str, TableSpec] = {
         AUDIT_CONFLICT,
         AUDIT_VERDICT,
         REVIEW_QUEUE,
+        REVIEW_GRADE,
+        REVIEW_ROUTE,
+        AUDIT_REPORT,
         CANDIDATE_PAIR,
         PAIR_GRADE,
         CLASS_RATE,

@@ -10,20 +10,40 @@ import pytest
 from pyarrow import parquet
 
 from conf.load import ConfigError, load_job
-from jobs import build_review, export_review, import_verdicts
+from jobs import (
+    audit_report,
+    build_audit,
+    build_consensus,
+    build_review,
+    explain,
+    export_review,
+    import_verdicts,
+    record_human_grades,
+)
 from lake import tables
 from lake.schemas import (
+    ANNOTATION_CONSENSUS,
     AUDIT_CONFLICT,
+    AUDIT_REPORT,
     AUDIT_VERDICT,
     CATALOG_PRODUCT,
     ENGAGEMENT,
+    HUMAN_ANNOTATION,
     QUARANTINE,
     QUERY,
     REVIEW_QUEUE,
 )
 from tests.fakes import hash_of, put
 
-JOBS = {"build_review": build_review, "export_review": export_review, "import_verdicts": import_verdicts}
+JOBS = {
+    "build_review": build_review,
+    "export_review": export_review,
+    "import_verdicts": import_verdicts,
+    "audit_report": audit_report,
+    "build_audit": build_audit,
+    "build_consensus": build_consensus,
+    "record_human_grades": record_human_grades,
+}
 DAY = {number: datetime(2026, 1, number, 3, tzinfo=UTC) for number in range(1, 10)}
 
 
@@ -85,20 +105,19 @@ def test_batches_follow_each_other_until_nothing_waits(doubtful):
     }
     rows = queued(doubtful)
     assert [row["rank"] for row in rows] == list(range(1, 9))
-    assert {row["batch"] for row in rows} == {first.run_id}
+    assert {row["batch"] for row in rows} == {f"review-{first.run_id}"}
     assert {(row["query_id"], row["traffic"]) for row in rows} == {("q0", "head"), ("q1", "torso"), ("q2", "tail")}
     assert {(row["product_id"] in ("p1", "p3"), row["category"]) for row in rows} == {(True, "Garden"), (False, "")}
     assert all(row["wrong_probability"] == 0.9 and row["found_at"] == DAY[2] for row in rows)
 
     second = run(doubtful, "build_review", "recipe.budget=8")
     assert (second.counts["waiting"], second.rows) == (4, 4)
-    assert run(doubtful, "build_review").rows == 0
     names = [(row["query_id"], row["product_id"]) for row in queued(doubtful)]
     assert len(set(names)) == len(names) == 12
 
     verdict = {"dataset": "s", "query_id": "q0", "product_id": "p0", "grade": 0, "expert": "eva", "decided_at": DAY[1]}
     put(doubtful, AUDIT_VERDICT, [verdict, verdict | {"product_id": "p1", "decided_at": DAY[3]}])
-    again = run(doubtful, "build_review", f"recipe.abandoned=[{first.run_id},{second.run_id}]")
+    again = run(doubtful, "build_review", f"recipe.abandoned=[review-{first.run_id},review-{second.run_id}]")
     # what came up after its verdict waits again
     assert again.rows == 11
 
@@ -312,3 +331,89 @@ def test_a_file_that_answers_no_queue_is_named(queue, tmp_path):
         run(queue, "import_verdicts", f"inputs.file={tmp_path}/a.csv")
     with pytest.raises(ConfigError, match=r"expected an existing file that ends in \.csv, \.parquet"):
         run(queue, "import_verdicts", "inputs.file=none.xlsx")
+
+
+@pytest.mark.usefixtures("spark")
+def test_a_verdict_comes_back_into_consensus_and_ledger_as_new_rows(doubtful):
+    pairs = [
+        {name: row[name] for name in ("dataset", "query_id", "product_id")}
+        for row in tables.rows(doubtful, AUDIT_CONFLICT).to_pylist()
+    ]
+    mark = {"annotator": "ann", "mark_number": 1, "mark": "m", "scale": "s", "num_marks": 1}
+    put(doubtful, HUMAN_ANNOTATION, [pair | mark | {"grade": 2, "grade_value": 2.0} for pair in pairs])
+    run(doubtful, "build_consensus")
+    run(doubtful, "record_human_grades")
+    doubted = run(doubtful, "build_audit", "recipe.min_wrong_probability=0.01")
+    assert doubted.counts == {"doubtful": 12}
+    since = {row["found_at"] for row in tables.rows(doubtful, AUDIT_CONFLICT).to_pylist()}
+    # the fixture's conflicts were there before, and their doubt lasts
+    assert since == {DAY[2]}
+    batch = f"review-{run(doubtful, 'build_review', 'recipe.budget=12', 'recipe.order=random').run_id}"
+    folder = Path(doubtful.path(run(doubtful, "export_review").outputs["review"]))
+    answer = {"expert": "eva", "decided_at": f"{datetime.now(UTC):%Y-%m-%d}"}
+    answers = {(f"q{query}", f"p{product}"): answer | {"verdict": 2} for query in range(3) for product in range(4)}
+    answers |= {("q0", "p0"): answer | {"verdict": "irrelevant"}, ("q2", "p3"): answer | {"verdict": "partial"}}
+    assert run(doubtful, "import_verdicts", f"inputs.file={filled(folder / 'review.csv', answers)}").rows == 12
+
+    run(doubtful, "build_consensus", "inputs.audit_verdict=newest")
+    record = run(doubtful, "record_human_grades", "inputs.audit_verdict=newest")
+
+    consensus = tables.rows(doubtful, ANNOTATION_CONSENSUS).to_pylist()
+    changed = {(row["query_id"], row["product_id"]): row["grade"] for row in consensus if row["grade"] != 2}
+    assert changed == {("q0", "p0"): 0, ("q2", "p3"): 1}
+    assert {row["judge"] for row in consensus} == {"expert"}
+    assert record.counts["written"] == 12
+    first, verdict = explain.explain(doubtful, "q0", "p0")["pair_grade"]
+    assert (first["labeller"], first["grade"], first["is_newest"]) == ("consensus", 2, False)
+    assert (verdict["labeller"], verdict["grade"], verdict["is_newest"]) == ("eva", 0, True)
+    assert verdict["supersedes"] == first["address"]
+    assert explain.explain(doubtful, "q0", "p0")["review_queue"][0]["batch"] == batch
+    # the doubt lasts, and is settled
+    run(doubtful, "build_audit", "recipe.min_wrong_probability=0.01")
+    assert run(doubtful, "build_review").counts["waiting"] == 0
+
+    record = run(doubtful, "audit_report")
+    assert record.counts == {"queued": 12, "judged": 12, "changed": 2}
+    assert record.metrics == {"labels_changed": pytest.approx(2 / 12), "labels_changed_so_far": pytest.approx(2 / 12)}
+    rows = tables.rows(doubtful, AUDIT_REPORT).to_pylist()
+    assert len({(row["part"], row["slice"], row["name"]) for row in rows}) == len(rows) == record.rows
+    everything = next(row for row in rows if (row["part"], row["slice"]) == ("random", "all"))
+    # all were drawn, so nothing is left to chance
+    assert (everything["share"], everything["low"], everything["high"]) == pytest.approx((2 / 12,) * 3)
+    by_version = [row["name"] for row in rows if (row["part"], row["slice"]) == ("random", "guideline")]
+    assert by_version == ["v1"]
+    page = Path(doubtful.path(record.outputs["report"])).read_text()
+    assert page.startswith("# Review of doubtful grades")
+    assert f"batches {batch}." in page
+
+
+def test_a_report_takes_the_newest_verdict_of_the_batch_or_one_without_a_batch_since(queue):
+    pair = {"dataset": "s", "query_id": "q0", "expert": "eva"}
+    verdicts = [
+        ("p0", 0, 4, "new"),
+        ("p0", 1, 5, "new"),
+        ("p0", 2, 6, "old"),
+        ("p1", 0, 4, None),
+        ("p2", 0, 2, None),
+        ("p3", 1, 4, "old"),
+    ]
+    names = ("product_id", "grade", "decided_at", "batch")
+    put(
+        queue,
+        AUDIT_VERDICT,
+        [pair | dict(zip(names, row, strict=True)) | {"decided_at": DAY[row[2]]} for row in verdicts],
+    )
+    put(queue, ANNOTATION_CONSENSUS, [row | {"num_marks": 1, "agreement": 1.0, "judge": "human"} for row in JUDGED])
+
+    record = run(queue, "audit_report", "recipe.batches=[new]")
+
+    # p0 by its second verdict, p1 by the one without a batch; that of p2 is older than the queue, that of p3 another's
+    assert record.counts == {"queued": 12, "judged": 2, "changed": 2}
+    with pytest.raises(ConfigError, match=r"the queue holds new, old; run build_review, or name batches"):
+        run(queue, "audit_report", "recipe.batches=[none]")
+
+
+JUDGED = [
+    {"dataset": "s", "query_id": f"q{n}", "product_id": "p0", "grade": 2, "at_least_1": 1.0, "at_least_2": 1.0}
+    for n in range(3)
+]
