@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING
 
 from conf.load import settings
 from jobs import job
 from lake.runs import RunRecord
-from lake.schemas import AUDIT_VERDICT, REVIEW_QUEUE
+from lake.schemas import AUDIT_VERDICT, REVIEW_QUEUE, REVIEW_ROUTE
 from lake.spark import SparkPlacement
 from lake.tables import equal_to
 from spark_etl.recipes import ReviewRecipe
@@ -27,6 +28,7 @@ class Inputs:
     catalog_product: job.TableVersion = "newest"
     audit_verdict: job.TableVersion = job.IF_THERE
     review_queue: job.TableVersion = job.IF_THERE
+    review_route: job.TableVersion = job.IF_THERE
 
 
 @settings
@@ -87,13 +89,16 @@ def run(config: Config) -> RunRecord:
 
 
 def settled(tables: Mapping[str, DataFrame]) -> DataFrame | None:
-    """The pairs that need no review, with the time since when: those with a verdict."""
+    """The pairs that need no review, with the time since when: those with a verdict, and those that labellers kept."""
     from spark_etl.review import PAIR
 
-    verdicts = tables.get(AUDIT_VERDICT.name)
-    return (
-        None if verdicts is None else verdicts.withColumnRenamed("decided_at", "settled_at").select(*PAIR, "settled_at")
-    )
+    found = []
+    if AUDIT_VERDICT.name in tables:
+        found.append(tables[AUDIT_VERDICT.name].withColumnRenamed("decided_at", "settled_at"))
+    if REVIEW_ROUTE.name in tables:
+        found.append(tables[REVIEW_ROUTE.name].where("route = 'kept'").withColumnRenamed("created_at", "settled_at"))
+    frames = [frame.select(*PAIR, "settled_at") for frame in found]
+    return reduce(lambda one, other: one.unionByName(other), frames) if frames else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

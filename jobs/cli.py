@@ -62,6 +62,7 @@ RAY_JOBS = (
     "evaluate_labeller",
     "label_pairs",
     "label_catalog",
+    "review_conflicts",
     "train_encoder",
     "embed_catalog",
     "mine_hard_pairs",

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,14 +19,17 @@ from conf.load import ConfigError, meaning, settings
 from embeddings.guideline import load_guideline, render_markdown
 from embeddings.review_records import GRADE_NAMES, argilla_record, evidence_in_words, guarded_cell
 from jobs import job
+from jobs.labelling import PAIR
 from lake import tables
 from lake.runs import Run, RunRecord
-from lake.schemas import CATALOG_PRODUCT, QUERY, REVIEW_QUEUE, TableSpec
+from lake.schemas import CATALOG_PRODUCT, QUERY, REVIEW_QUEUE, REVIEW_ROUTE, ROUTES, TableSpec
 from lake.storage import replace_text
 
 log = logging.getLogger(__name__)
 
 Format = Literal["csv", "parquet", "argilla"]
+Route = Literal["kept", "changed", "to_expert"]
+TO_EXPERT = ROUTES[-1]
 PRODUCT_TEXTS = ("title", "brand", "category", "description")
 EXPORTED = (
     *("batch", "rank", "dataset", "query_id", "product_id", "query", *PRODUCT_TEXTS),
@@ -43,6 +46,7 @@ class Inputs:
     review_queue: job.TableVersion = "newest"
     query: job.TableVersion = "newest"
     catalog_product: job.TableVersion = "newest"
+    review_route: job.TableVersion = job.IF_THERE
 
 
 @settings
@@ -50,6 +54,10 @@ class ExportRecipe:
     """What is exported."""
 
     batch: Annotated[str, meaning("batch of the queue; empty: the newest")] = ""
+    routes: Annotated[
+        tuple[Route, ...],
+        meaning("only pairs that review_conflicts sent there, as to_expert; none: all"),
+    ] = ()
     guideline: Annotated[str, meaning("version of the guideline to decide under, or its YAML file")] = "v1"
     formats: Annotated[tuple[Format, ...], meaning("files that are written", min_length=1)] = (
         "csv",
@@ -71,10 +79,18 @@ class Config:
 
 
 def run(config: Config) -> RunRecord:
-    """Files review.csv, review.parquet and argilla.jsonl in the order of the queue, and guideline.md."""
+    """Files review.csv, review.parquet and argilla.jsonl in the order of the queue, and guideline.md.
+
+    Raises:
+        ConfigError: there is no such batch, or routes are asked for that it does not have.
+    """
     current = job.begin(config, "export_review")
     guideline = load_guideline(config.recipe.guideline)
     batch, queue = read_batch(current, config.recipe.batch)
+    routes = read_routes(current, batch)
+    if config.recipe.routes and not routes:
+        raise ConfigError(f"recipe.routes: batch {batch} has no routes; run review_conflicts first, or leave it out")
+    queue = [row for row in queue if not config.recipe.routes or _route(row, routes) in config.recipe.routes]
     rows = with_texts(current, queue, guideline.version)
     if missing := len(queue) - len(rows):
         log.warning("export_review: %d pairs left out: their query or product is not in the lake any more", missing)
@@ -103,6 +119,24 @@ def read_batch(current: Run, batch: str) -> tuple[str, list[dict[str, Any]]]:
     wanted = batch or names[-1]
     rows = tables.rows(current.lake, REVIEW_QUEUE, version=version, where=[("batch", "=", wanted)])
     return wanted, rows.sort_by("rank").to_pylist()
+
+
+def read_routes(current: Run, batch: str) -> dict[tuple[str, ...], str]:
+    """Route of the batch's pairs, by pair; empty where labellers were not asked."""
+    if REVIEW_ROUTE.name not in current.inputs:
+        return {}
+    version = int(current.inputs[REVIEW_ROUTE.name])
+    rows = tables.rows(current.lake, REVIEW_ROUTE, version=version, where=[("batch", "=", batch)]).to_pylist()
+    return {_pair(row): row["route"] for row in rows}
+
+
+def _pair(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(row[name] for name in PAIR)
+
+
+def _route(row: Mapping[str, Any], routes: Mapping[tuple[str, ...], str]) -> str:
+    """Pairs that no labeller could be asked of go to experts."""
+    return routes.get(_pair(row), TO_EXPERT)
 
 
 def with_texts(current: Run, queue: Sequence[dict[str, Any]], guideline: str) -> list[dict[str, Any]]:

@@ -373,8 +373,8 @@ REVIEW_ROUTE = TableSpec(
         Column(
             "route",
             STRING,
-            "kept: all labellers give the human grade; changed: all give one other grade, surely enough; to_expert: "
-            "the rest",
+            "kept: all labellers give the human grade; changed: all give one other grade, surely enough, and that was "
+            "accepted; to_expert: the rest",
         ),
         Column(
             "joint_grade",

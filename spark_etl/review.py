@@ -70,6 +70,8 @@ def waiting_conflicts(
         settled: PAIR and settled_at of every verdict and of pairs that judges kept; None: none.
         recipe: names batches that were given up.
     """
+    if "found_at" not in conflicts.columns:  # of a lake that build_audit has not written since it has the column
+        conflicts = conflicts.withColumn("found_at", sf.lit(None).cast("timestamp"))
     newest = None
     if settled is not None:
         newest = settled.groupBy(*PAIR).agg(sf.max("settled_at").alias("settled_at"))

@@ -5,11 +5,15 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+import ray_apps.label
 from conf.load import ConfigError, load_job
+from embeddings.calibration import Calibration
+from embeddings.labeller import LabellerRecipe, load_labeller_card, save_labeller
 from jobs import (
     audit_report,
     build_audit,
@@ -19,6 +23,7 @@ from jobs import (
     export_review,
     import_verdicts,
     record_human_grades,
+    review_conflicts,
 )
 from lake import tables
 from lake.schemas import (
@@ -29,9 +34,12 @@ from lake.schemas import (
     CATALOG_PRODUCT,
     ENGAGEMENT,
     HUMAN_ANNOTATION,
+    PAIR_GRADE,
     QUARANTINE,
     QUERY,
+    REVIEW_GRADE,
     REVIEW_QUEUE,
+    REVIEW_ROUTE,
 )
 from tests.fakes import hash_of, put
 
@@ -43,6 +51,7 @@ JOBS = {
     "build_audit": build_audit,
     "build_consensus": build_consensus,
     "record_human_grades": record_human_grades,
+    "review_conflicts": review_conflicts,
 }
 DAY = {number: datetime(2026, 1, number, 3, tzinfo=UTC) for number in range(1, 10)}
 
@@ -117,9 +126,11 @@ def test_batches_follow_each_other_until_nothing_waits(doubtful):
 
     verdict = {"dataset": "s", "query_id": "q0", "product_id": "p0", "grade": 0, "expert": "eva", "decided_at": DAY[1]}
     put(doubtful, AUDIT_VERDICT, [verdict, verdict | {"product_id": "p1", "decided_at": DAY[3]}])
+    route = {"batch": "b", "route": "kept", "labellers": "one", "run_id": "r", "created_at": DAY[3]}
+    put(doubtful, REVIEW_ROUTE, [verdict | route | {"product_id": "p2"}])
     again = run(doubtful, "build_review", f"recipe.abandoned=[review-{first.run_id},review-{second.run_id}]")
-    # what came up after its verdict waits again
-    assert again.rows == 11
+    # what came up after its verdict waits again; of the rest one has a verdict and one was kept by labellers
+    assert again.rows == 10
 
 
 @pytest.fixture
@@ -417,3 +428,108 @@ JUDGED = [
     {"dataset": "s", "query_id": f"q{n}", "product_id": "p0", "grade": 2, "at_least_1": 1.0, "at_least_2": 1.0}
     for n in range(3)
 ]
+
+
+def test_labellers_settle_what_they_agree_on_and_the_rest_goes_to_experts():
+    human = np.array([2, 2, 2, 2, 2, 2])
+    first = [[0.1, 0.1, 0.8], [0.9, 0.1, 0.0], [0.9, 0.1, 0.0], [0.1, 0.2, 0.7], [0.5, 0.4, 0.1], [np.nan] * 3]
+    second = [[0.2, 0.3, 0.5], [0.8, 0.1, 0.1], [0.7, 0.2, 0.1], [0.6, 0.4, 0.0], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]]
+    probability, grade = np.array([first, second]), np.array([[2, 0, 0, 2, 0, -1], [2, 0, 0, 0, 1, 2]])
+
+    def routed(**recipe):
+        return review_conflicts.route_pairs(human, probability, grade, review_conflicts.ReviewRecipe(**recipe))
+
+    accepted = routed(accept_agreed=True)
+    assert accepted.route_N.tolist() == ["kept", "changed", "to_expert", "to_expert", "to_expert", "to_expert"]
+    # the means of the fourth are .35, .3 and .35, of the fifth .3, .6 and .1
+    assert accepted.joint_N.tolist() == [2, 0, 0, 0, 1, -1]
+    np.testing.assert_allclose(accepted.least_N, [0.5, 0.8, 0.7, 0.1, 0.4, np.nan])
+    assert routed().route_N.tolist() == ["kept", *["to_expert"] * 5]
+    assert routed().agreed_N.tolist() == [False, True, False, False, False, False]
+    assert routed(accept_agreed=True, min_probability=0.5).route_N.tolist()[:3] == ["kept", "changed", "changed"]
+
+
+@pytest.fixture
+def strict(tmp_path, labeller):
+    """A labeller that differs from the fixture by its liking for 0."""
+    recipe, target = LabellerRecipe(model=str(tmp_path / "model"), max_tokens=32), str(tmp_path / "strict")
+    calibrations = {"": Calibration(bias=(20.0, 0.0, 0.0))}
+    save_labeller(tmp_path / "weights", target, recipe, grade_token_ids=(), calibrations=calibrations, metrics={})
+    return target
+
+
+def test_labellers_judge_the_queue_again_once_and_their_routes_lead_the_export(queue, labeller, strict, monkeypatch):
+    judges = f"inputs.labellers=[{labeller},{strict}]"
+    torch = "placement.engine=torch"
+    with pytest.raises(ConfigError, match="a review needs a labeller or more"):
+        run(queue, "review_conflicts")
+
+    record = run(queue, "review_conflicts", judges, torch)
+
+    assert (record.counts["queued"], record.counts["asked"], record.counts["reused"]) == (12, 24, 0)
+    cards = [load_labeller_card(folder) for folder in (labeller, strict)]
+    rows = tables.rows(queue, REVIEW_GRADE).to_pylist()
+    assert {(row["batch"], row["labeller"]) for row in rows} == {("new", card.fingerprint) for card in cards}
+    in_ledger = {
+        (row["query_id"], row["product_id"], row["labeller"]): (row["grade"], row["p0"])
+        for row in tables.rows(queue, PAIR_GRADE).to_pylist()
+    }
+    assert len(in_ledger) == len(rows) == 24
+    assert {
+        (row["query_id"], row["product_id"], row["labeller"]): (row["grade"], row["p0"]) for row in rows
+    } == in_ledger
+    assert all(row["grade"] == 0 for row in rows if row["labeller"] == cards[1].fingerprint)
+    routes = tables.rows(queue, REVIEW_ROUTE).to_pylist()
+    # one of them calls all irrelevant, so none is kept at 2
+    assert {row["route"] for row in routes} == {"to_expert"}
+    assert record.counts["to_expert"] == len(routes) == 12
+    assert not tables.exists(queue, AUDIT_VERDICT)
+
+    def never(*_, **__):
+        raise AssertionError("an engine was started")
+
+    monkeypatch.setattr(ray_apps.label, "label_pairs", never)
+    again = run(queue, "review_conflicts", f"inputs.labellers=[{strict}]", torch, "recipe.accept_agreed=true")
+    assert (again.counts["asked"], again.counts["reused"], again.counts["changed"]) == (0, 12, 12)
+    assert len(tables.rows(queue, REVIEW_GRADE)) == 12
+    verdicts = tables.rows(queue, AUDIT_VERDICT).to_pylist()
+    assert {row["expert"] for row in verdicts} == {f"judges:{cards[1].fingerprint}"}
+    assert {(row["grade"], row["batch"], row["guideline"]) for row in verdicts} == {(0, "new", "v1")}
+    assert len(verdicts) == again.counts["verdicts"] == 12
+    once_more = run(queue, "review_conflicts", f"inputs.labellers=[{strict}]", torch, "recipe.accept_agreed=true")
+    assert once_more.counts["verdicts"] == 0
+    assert len(tables.rows(queue, AUDIT_VERDICT)) == 12
+
+
+def test_pairs_that_labellers_kept_are_neither_exported_to_experts_nor_counted_as_open(queue, strict):
+    with pytest.raises(ConfigError, match=r"batch new has no routes; run review_conflicts first"):
+        run(queue, "export_review", "recipe.routes=[to_expert]")
+    again = [row for row in queued(queue) if row["batch"] == "new"]
+    lowered = {row["query_id"]: {"grade": 0} if row["query_id"] == "q0" else {} for row in again}
+    put(queue, REVIEW_QUEUE, [row | lowered[row["query_id"]] | {"batch": "b3", "created_at": DAY[5]} for row in again])
+    record = run(queue, "review_conflicts", f"inputs.labellers=[{strict}]", "placement.engine=torch")
+    assert (record.counts["kept"], record.counts["agreed_on_another"], record.counts["to_expert"]) == (4, 8, 8)
+
+    run(queue, "export_review", "recipe.routes=[to_expert]", "recipe.formats=[parquet]")
+    rows = parquet.read_table(queue.path("reviews", "b3", "review.parquet")).to_pylist()
+    assert {row["query_id"] for row in rows} == {"q1", "q2"}
+    put(queue, ANNOTATION_CONSENSUS, [row | {"num_marks": 1, "agreement": 1.0, "judge": "human"} for row in JUDGED])
+    report = run(queue, "audit_report", "recipe.batches=[b3]")
+    assert report.counts == {"queued": 12, "judged": 4, "changed": 0}
+    # the random six are four that were kept and two of the others
+    assert report.metrics["judges_differ"] == pytest.approx(2 / 6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_vllm_judges_the_queue_as_torch_does(queue, labeller):
+    """About 2 minutes: real Ray Data and vLLM."""
+    words = [f"inputs.labellers=[{labeller}]", "placement.engine=vllm", "placement.part_rows=5"]
+    record = run(queue, "review_conflicts", *words)
+    assert (record.counts["asked"], record.counts["rejected"]) == (12, 0)
+    by_vllm = tables.rows(queue, REVIEW_GRADE).sort_by([("query_id", "ascending"), ("product_id", "ascending")])
+    tables.open_table(queue, PAIR_GRADE).delete()
+    assert run(queue, "review_conflicts", words[0], "placement.engine=torch").counts["asked"] == 12
+    by_torch = tables.rows(queue, REVIEW_GRADE).sort_by([("query_id", "ascending"), ("product_id", "ascending")])
+    for name in ("p0", "p1", "p2"):
+        np.testing.assert_allclose(by_vllm[name].to_numpy(), by_torch[name].to_numpy(), atol=1e-3)

@@ -166,6 +166,9 @@ def test_what_was_settled_since_or_waits_in_an_open_batch_is_not_queued_again(sp
     assert left(None, settled) == ["q0", "q2", "q3", "q4", "q5", "q6"]
     assert left(queue, None) == ["q0", "q1", "q2", "q6", "q7"]
     assert left(None, None) == [f"q{number}" for number in range(8)]
+    # a lake of before does not say since when, so any verdict settles
+    older = waiting_conflicts(found.drop("found_at"), None, settled, ReviewRecipe())
+    assert sorted(row["query_id"] for row in older.collect()) == ["q0", "q3", "q6"]
 
 
 QUEUED = [(3, "lost", 5), (4, "first", 1), (4, "lost", 5), (5, "first", 1)]
