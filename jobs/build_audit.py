@@ -11,6 +11,7 @@ from jobs import job, labelling
 from lake.runs import RunRecord
 from lake.schemas import AUDIT_CONFLICT
 from lake.spark import SparkPlacement
+from lake.tables import exists
 from spark_etl.recipes import AuditRecipe
 
 
@@ -47,7 +48,7 @@ class Config:
 def run(config: Config) -> RunRecord:
     """Replaces the conflicts."""
     from lake import spark as lake_spark
-    from spark_etl.audit import find_conflicts, grades_out_of_fold, score_pairs
+    from spark_etl.audit import find_conflicts, grades_out_of_fold, score_pairs, with_found_at
 
     current = job.begin(config, "build_audit")
     spark = lake_spark.session(config.placement.spark)
@@ -57,7 +58,11 @@ def run(config: Config) -> RunRecord:
         fingerprint = labelling.labeller_fingerprint(current.lake, config.inputs.labeller)
         labeller = grades_out_of_fold(tables["labeller_oof"], fingerprint)
     scored = score_pairs(tables["engagement"], tables["annotation_consensus"], config.recipe, labeller).persist()
-    conflicts = find_conflicts(scored, config.recipe).persist()
+    conflicts = find_conflicts(scored, config.recipe)
+    # how long a pair has been in doubt is no part of what is computed, so the rows of before are no input
+    is_there = exists(current.lake, AUDIT_CONFLICT)
+    earlier = lake_spark.rows(spark, current.lake, AUDIT_CONFLICT) if is_there else None
+    conflicts = with_found_at(conflicts, current.started_at, earlier).persist()
     by_kind = lake_spark.count_by(conflicts, "kind")
     written = lake_spark.replace(spark, current.lake, AUDIT_CONFLICT, conflicts, run_id=current.run_id)
     conflicts.unpersist()

@@ -55,6 +55,7 @@ SPARK_JOBS = (
     "measure_annotators",
     "build_engagement",
     "build_audit",
+    "build_review",
     "sample_pairs",
     "build_instances",
 )
@@ -63,6 +64,7 @@ RAY_JOBS = (
     "evaluate_labeller",
     "label_pairs",
     "label_catalog",
+    "review_conflicts",
     "train_encoder",
     "embed_catalog",
     "mine_hard_pairs",
@@ -72,6 +74,9 @@ RAY_JOBS = (
 PLAIN_JOBS = (
     "simulate",
     "import_dataset",
+    "export_review",
+    "import_verdicts",
+    "audit_report",
     "record_human_grades",
     "vote_grades",
     "correct_class_rates",

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -163,6 +163,28 @@ def addressed(keys: pa.Table, card: LabellerCard) -> pa.Table:
     """
     hashes = zip(keys["query_hash"].to_pylist(), keys["product_hash"].to_pylist(), strict=True)
     return keys.append_column("address", pa.array([card.address(*both) for both in hashes], pa.string()))
+
+
+def held_grades(
+    lake: Lake, keys: pa.Table, cards: Sequence[LabellerCard]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """What the ledger holds of pairs by several labellers: probabilities, [J, N, 3], and grades, [J, N]; else nan, -1.
+
+    Args:
+        lake: that holds the ledger.
+        keys: columns query_hash and product_hash; pairs of equal texts have equal grades.
+        cards: of the labellers.
+    """
+    probability_JN3 = np.full((len(cards), len(keys), 3), np.nan)
+    grade_JN = np.full((len(cards), len(keys)), -1, dtype=np.int64)
+    for judge, card in enumerate(cards):
+        addresses = addressed(keys, card)["address"]
+        held = ledger.rows_at(lake, addresses, ["address", "grade", *PROBABILITIES])
+        row = pc.index_in(addresses, value_set=held["address"].combine_chunks())
+        is_held_N, row_K = pc.is_valid(row).to_numpy(), row.drop_null().to_numpy()
+        probability_JN3[judge, is_held_N] = probabilities_of(held)[row_K]
+        grade_JN[judge, is_held_N] = held["grade"].to_numpy()[row_K]
+    return probability_JN3, grade_JN
 
 
 def waiting_pairs(lake: Lake, keys: pa.Table) -> pa.Table:

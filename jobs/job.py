@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from conf.load import ConfigError, describe, fingerprint, list_settings, load_job, meaning, settings
-from lake import runs
+from lake import runs, tables
 from lake.runs import Inputs, Run, RunRecord
 from lake.schemas import TABLES
 from lake.storage import FULL, Lake
@@ -31,8 +31,10 @@ SettingName = Annotated[str, meaning("name of the setting, for the run record")]
 TableVersion = Annotated[
     str,
     BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
-    meaning('version to read: a number, or "newest"'),
+    meaning('version to read: a number, "newest", or "if_there", the newest of a table that may not exist yet'),
 ]
+IF_THERE = "if_there"
+"""Version of an input that counts as left out while its table does not exist."""
 
 
 OUTSIDE = ("root", "mapping", "file")
@@ -93,7 +95,10 @@ def _pinned(lake: Lake, inputs: Any) -> dict[str, str]:
         if value in ("", ()):
             continue
         if field.name in TABLES:
-            pinned[field.name] = str(runs.pinned_version(lake, field.name, value))
+            if value != IF_THERE:
+                pinned[field.name] = str(runs.pinned_version(lake, field.name, value))
+            elif tables.exists(lake, TABLES[field.name]):
+                pinned[field.name] = str(runs.pinned_version(lake, field.name, "newest"))
             continue
         for item in value if isinstance(value, tuple) else (value,):
             folder = item if field.name in OUTSIDE and os.path.exists(item) else find_path(lake, item)

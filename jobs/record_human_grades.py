@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +19,9 @@ from jobs.grading import ledger_rows, with_superseded
 from lake import tables
 from lake.ledger import Ledger
 from lake.runs import Run, RunRecord
-from lake.schemas import ANNOTATION_CONSENSUS, AUDIT_VERDICT, CONSENSUS, PAIR_GRADE
+from lake.schemas import ANNOTATION_CONSENSUS, AUDIT_VERDICT, CONSENSUS, JUDGES_PREFIX, PAIR_GRADE
+
+VERDICT = [*labelling.PAIR, "grade", "expert", "decided_at"]
 
 
 @settings
@@ -59,7 +63,9 @@ def run(config: Config) -> RunRecord:
 
 
 def _record(current: Run, keys: pa.Table) -> dict[str, int]:
-    columns = [keys[name].to_pylist() for name in ("labeller", "grade", *PROBABILITIES, "query_hash", "product_hash")]
+    columns = [
+        keys[name].to_pylist() for name in ("labeller", "nth", "grade", *PROBABILITIES, "query_hash", "product_hash")
+    ]
     keys = keys.append_column("address", pa.array([address(*row) for row in zip(*columns, strict=True)], pa.string()))
     keys = keys.take(pa.array(np.unique(keys["address"].to_numpy(zero_copy_only=False), return_index=True)[1]))
     book = Ledger(current.lake, keys["address"])
@@ -74,7 +80,7 @@ def _record(current: Run, keys: pa.Table) -> dict[str, int]:
 
 
 def human_grades(current: Run) -> list[pa.Table]:
-    """Consensus of the marks, then every expert's verdict: pair, grade, labeller (who), p0, p1, p2.
+    """Consensus of the marks, then experts' verdicts in turn: pair, grade, labeller (who), nth, p0, p1, p2.
 
     The probabilities are the shares of raters that gave each grade; an expert is sure.
     """
@@ -84,19 +90,46 @@ def human_grades(current: Run) -> list[pa.Table]:
     share_N3 = np.stack([1 - above_N2[:, 0], above_N2[:, 0] - above_N2[:, 1], above_N2[:, 1]], axis=1)
     found = [_graded(marks, share_N3, [CONSENSUS] * len(marks))]
     if AUDIT_VERDICT.name in current.inputs:
-        verdicts = labelling.read(current, AUDIT_VERDICT, [*labelling.PAIR, "grade", "expert"])
-        found.append(_graded(verdicts, np.eye(3)[verdicts["grade"].to_numpy()], verdicts["expert"].to_pylist()))
+        for verdicts in verdicts_in_turn(labelling.read(current, AUDIT_VERDICT, VERDICT)):
+            shares_N3, who = np.eye(3)[verdicts["grade"].to_numpy()], verdicts["expert"].to_pylist()
+            found.append(_graded(verdicts, shares_N3, who, verdicts["nth"].to_pylist()))
     return found
 
 
-def _graded(pairs: pa.Table, share_N3: NDArray[np.float64], who: list[str]) -> pa.Table:
+def verdicts_in_turn(verdicts: pa.Table) -> list[pa.Table]:
+    """The first verdict of every pair, then the second of every pair that has one, and so on.
+
+    So each supersedes the one before it, and the last is the one that counts in the consensus. `nth` says how often
+    the expert has given the pair this grade: one who comes back to a grade gives a new one.
+    """
+    # what labellers decided together stands in the ledger as theirs
+    rows = [row for row in verdicts.to_pylist() if not row["expert"].startswith(JUDGES_PREFIX)]
+    rows.sort(key=lambda row: (row["expert"], row["grade"]), reverse=True)
+    rows.sort(key=lambda row: row["decided_at"])
+    turns: list[list[dict[str, Any]]] = []
+    places: Counter[tuple[Any, ...]] = Counter()
+    times: Counter[tuple[Any, ...]] = Counter()
+    for row in rows:
+        pair = tuple(row[name] for name in labelling.PAIR)
+        given = (*pair, row["expert"], row["grade"])
+        times[given] += 1
+        if places[pair] == len(turns):
+            turns.append([])
+        turns[places[pair]].append(row | {"nth": times[given]})
+        places[pair] += 1
+    schema = verdicts.schema.append(pa.field("nth", pa.int32()))
+    return [pa.Table.from_pylist(turn, schema) for turn in turns]
+
+
+def _graded(pairs: pa.Table, share_N3: NDArray[np.float64], who: list[str], times: list[int] | None = None) -> pa.Table:
     columns = {name: pairs[name] for name in (*labelling.PAIR, "grade")} | {"labeller": pa.array(who, pa.string())}
+    columns["nth"] = pa.array(times or [1] * len(pairs), pa.int32())
     return pa.table(columns | {name: share_N3[:, grade] for grade, name in enumerate(PROBABILITIES)})
 
 
-def address(who: str, grade: int, p0: float, p1: float, p2: float, query_hash: str, product_hash: str) -> str:
-    """Content address of a human grade: who judged, the verdict and the texts."""
-    verdict = f"{grade} {p0:.6f} {p1:.6f} {p2:.6f}"
+def address(who: str, nth: int, grade: int, p0: float, p1: float, p2: float, query_hash: str, product_hash: str) -> str:
+    """Content address of a human grade: who judged, the verdict and the texts, and how often from the second on."""
+    verdict = f"{grade} {p0:.6f} {p1:.6f} {p2:.6f}" + (f" {nth}" if nth > 1 else "")
     return hashlib.sha256("\x1f".join(("human", who, verdict, query_hash, product_hash)).encode()).hexdigest()
 
 

@@ -11,11 +11,17 @@ import numpy as np
 import pyarrow as pa
 
 from conf.load import ConfigError, meaning, settings
-from embeddings.calibration import PROBABILITIES, probabilities_of
 from embeddings.labeller import load_labeller_card
 from jobs import job, labelling
-from jobs.grading import addressed, expected_squared_error, first_of_each, ledger_rows, with_superseded
-from lake import ledger, tables
+from jobs.grading import (
+    addressed,
+    expected_squared_error,
+    first_of_each,
+    held_grades,
+    ledger_rows,
+    with_superseded,
+)
+from lake import tables
 from lake.ledger import Ledger
 from lake.runs import RunRecord
 from lake.schemas import CANDIDATE_PAIR, PAIR_GRADE
@@ -67,10 +73,7 @@ def run(config: Config) -> RunRecord:
     cards = [load_labeller_card(folder) for folder in folders]
     keys = first_of_each(addressed(texts.keys(candidates), cards[0])).drop_columns(["address"])
     electorate = electorate_of([card.fingerprint for card in cards])
-    probability_JN3 = np.full((len(cards), len(keys), 3), np.nan)
-    for judge, card in enumerate(cards):
-        held = ledger.rows_at(current.lake, addressed(keys, card)["address"], PROBABILITIES)
-        probability_JN3[judge, held["row"].to_numpy()] = probabilities_of(held)
+    probability_JN3, _ = held_grades(current.lake, keys, cards)
     joint_N3 = probability_JN3.mean(axis=0)
     is_judged = np.isfinite(joint_N3[:, 0])
     keys, joint_N3 = keys.filter(pa.array(is_judged)), joint_N3[is_judged]

@@ -26,6 +26,9 @@ JUDGES: tuple[str, ...] = ("expert", "human")
 CONSENSUS = "consensus"
 """Who judged in the ledger's human rows that are no expert's verdict."""
 
+JUDGES_PREFIX = "judges:"
+"""Begins the expert of a verdict that labellers gave together; no person's name does."""
+
 
 class Grade(enum.IntEnum):
     """How well a product answers a query, under the guideline."""
@@ -506,22 +509,147 @@ AUDIT_CONFLICT = TableSpec(
         Column("wrong_probability", FLOAT64, "of the other grades together", "0..1", nullable=True),
         Column("expected_change", FLOAT64, "mean distance to the true grade", "steps", nullable=True),
         Column("priority", FLOAT64, "what a review is worth, larger first: expected change by traffic"),
+        Column(
+            "found_at",
+            TIMESTAMP,
+            "when the run began that found the pair in doubt; later runs keep it while the doubt lasts",
+            "UTC",
+            nullable=True,
+        ),
     ),
     checks=(_GRADE_CHECK,),
 )
 AUDIT_VERDICT = TableSpec(
     "audit_verdict",
-    "What an expert decided of a doubtful pair; the newest row of a pair counts.",
-    "spark",
-    ("dataset", "query_id", "product_id", "decided_at"),
+    "What an expert decided of a doubtful pair; the newest row of a pair counts. Append-only.",
+    "delta-rs",
+    ("dataset", "query_id", "product_id", "expert", "decided_at"),
     (
         *_PAIR,
         _grade("the expert's grade"),
-        Column("expert", STRING, "who decided"),
+        Column("expert", STRING, "who decided; judges: and fingerprints where labellers did"),
         Column("decided_at", TIMESTAMP, "when", "UTC"),
         Column("note", STRING, "why", nullable=True),
+        Column("guideline", STRING, "version of the guideline that was decided under", nullable=True),
+        Column("batch", STRING, "batch of review_queue that asked for it", nullable=True),
     ),
     checks=(_GRADE_CHECK,),
+)
+_BATCH = Column("batch", STRING, "review- and the run of build_review that queued the pair")
+REVIEW_QUEUE = TableSpec(
+    "review_queue",
+    "Doubtful pairs drawn for review, batch by batch, with the evidence as it was then.",
+    "spark",
+    ("batch", "dataset", "query_id", "product_id"),
+    (
+        _BATCH,
+        *_PAIR,
+        Column("rank", INT32, "place in the batch, first is 1; any beginning holds both parts in their shares", "rank"),
+        Column("traffic", STRING, "head, torso or tail: which share of its data set's impressions the query carries"),
+        Column("category", STRING, "first level of the product's category; empty where it has none"),
+        Column("kind", STRING, "kind of the conflict; with data set, traffic and category it makes the stratum"),
+        Column("stratum_size", INT64, "conflicts of the stratum that waited for review", "pairs"),
+        Column(
+            "inclusion_probability",
+            FLOAT64,
+            "chance with which the pair was drawn; null where it came by its priority",
+            "0..1",
+            nullable=True,
+        ),
+        *(
+            column
+            for column in AUDIT_CONFLICT.columns
+            if column not in _PAIR and column.name not in ("kind", "stratum")
+        ),
+        _CREATED,
+    ),
+    partition_by=("batch",),
+    checks=(
+        _GRADE_CHECK,
+        ("traffic_is_known", "traffic IN ('head', 'torso', 'tail')"),
+        ("inclusion_is_a_chance", "inclusion_probability IS NULL OR inclusion_probability BETWEEN 0 AND 1"),
+    ),
+)
+REVIEW_GRADE = TableSpec(
+    "review_grade",
+    "What labellers that were asked again say of queued pairs; the grades are rows of the ledger too.",
+    "delta-rs",
+    ("batch", "dataset", "query_id", "product_id", "labeller"),
+    (
+        _BATCH,
+        *_PAIR,
+        Column("labeller", STRING, "fingerprint of the labeller"),
+        _grade("the labeller's grade"),
+        *_PROBABILITIES,
+        _RUN,
+        _CREATED,
+    ),
+    partition_by=("batch",),
+    checks=(_GRADE_CHECK,),
+)
+ROUTES = ("kept", "changed", "to_expert")
+REVIEW_ROUTE = TableSpec(
+    "review_route",
+    "Where the labellers' agreement leads a queued pair.",
+    "delta-rs",
+    ("batch", "dataset", "query_id", "product_id"),
+    (
+        _BATCH,
+        *_PAIR,
+        Column(
+            "route",
+            STRING,
+            "kept: all labellers give the human grade; changed: all give one other grade, surely enough, and that was "
+            "accepted; to_expert: the rest",
+        ),
+        Column(
+            "joint_grade",
+            INT8,
+            "most probable grade by the mean of their probabilities; null where one gave none",
+            "0, 1, 2",
+            nullable=True,
+        ),
+        Column("least_probability", FLOAT64, "that the least sure of them gives it", "0..1", nullable=True),
+        Column("labellers", STRING, "their fingerprints, joined by blanks"),
+        _RUN,
+        _CREATED,
+    ),
+    partition_by=("batch",),
+    checks=(("route_is_known", f"route IN {ROUTES}"),),
+)
+AUDIT_REPORT = TableSpec(
+    "audit_report",
+    "What the reviews found, one row per part of the queue and slice.",
+    "delta-rs",
+    ("run_id", "part", "slice", "name"),
+    (
+        _RUN,
+        Column("part", STRING, "random: tells of all conflicts; priority: tells of itself; all: of both, where said"),
+        Column(
+            "slice",
+            STRING,
+            "all, dataset, traffic, category, kind, stratum, guideline, batch, or figure for those of the paper",
+        ),
+        Column("name", STRING, "value of the slice; empty for all"),
+        Column("num_queued", INT64, "pairs asked", "pairs"),
+        Column("num_judged", INT64, "pairs of these with a verdict, or kept by labellers", "pairs"),
+        Column("num_changed", INT64, "pairs of these whose verdict is not the human grade", "pairs"),
+        Column("num_up", INT64, "pairs of these whose verdict is above it", "pairs"),
+        Column(
+            "stands_for",
+            FLOAT64,
+            "conflicts of the strata with judged random pairs; null where nothing is drawn from",
+            "pairs",
+            nullable=True,
+        ),
+        Column("share", FLOAT64, "share changed, or the figure; of random pairs weighted", "0..1", nullable=True),
+        Column(
+            "low", FLOAT64, "lower end of its 95 % interval, Wilson's, over several strata Yan and Su's", nullable=True
+        ),
+        Column("high", FLOAT64, "upper end", nullable=True),
+        Column("up_share", FLOAT64, "share of the changed that went up, weighted alike", "0..1", nullable=True),
+        _CREATED,
+    ),
 )
 
 CANDIDATE_PAIR = TableSpec(
@@ -863,6 +991,10 @@ TABLES: dict[str, TableSpec] = {
         ENGAGEMENT,
         AUDIT_CONFLICT,
         AUDIT_VERDICT,
+        REVIEW_QUEUE,
+        REVIEW_GRADE,
+        REVIEW_ROUTE,
+        AUDIT_REPORT,
         CANDIDATE_PAIR,
         PAIR_GRADE,
         CLASS_RATE,

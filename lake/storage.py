@@ -37,7 +37,7 @@ class Lake:
     """A lake's root and where its parts lie below it.
 
     Layout: tables/ (Delta), raw/ (input files as imported), truth/ (simulation's ground truth, read only by
-    evaluation), models/, vectors/, runs/ (checkpoints of unfinished runs), reports/,
+    evaluation), models/, vectors/, runs/ (checkpoints of unfinished runs), reports/, reviews/,
     evaluation/ (lakes of data sets that encoders were measured on).
     """
 

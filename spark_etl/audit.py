@@ -10,6 +10,7 @@ which all judged pairs tell, for people are mostly right. Witnesses are taken as
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from functools import reduce
 from math import log
 from typing import NamedTuple
@@ -78,8 +79,25 @@ def find_conflicts(scored: DataFrame, recipe: AuditRecipe) -> DataFrame:
         judged.withColumns({"kind": kind, "priority": sf.col("expected_change") * traffic})
         .where(sf.col("kind").isNotNull())
         .fillna({"impressions": 0, "clicks": 0, "purchases": 0, "corrected_rate": 1.0})
+        .withColumn("found_at", sf.lit(None).cast("timestamp"))
         .select(*AUDIT_CONFLICT.column_names)
     )
+
+
+def with_found_at(conflicts: DataFrame, now: datetime, earlier: DataFrame | None = None) -> DataFrame:
+    """The conflicts with the time since when each pair has been in doubt: as before, or now.
+
+    Args:
+        conflicts: as of `find_conflicts`.
+        now: when this run began.
+        earlier: the conflicts of the run before.
+    """
+    since = sf.lit(now).cast("timestamp")
+    if earlier is None or "found_at" not in earlier.columns:
+        return conflicts.withColumn("found_at", since)
+    before = earlier.select(*PAIR, sf.col("found_at").alias("before"))
+    held = conflicts.join(before, on=list(PAIR), how="left")
+    return held.withColumn("found_at", sf.coalesce("before", since)).select(*AUDIT_CONFLICT.column_names)
 
 
 def score_pairs(

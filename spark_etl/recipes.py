@@ -248,6 +248,38 @@ class AuditRecipe:
 
 
 @settings
+class ReviewRecipe:
+    """Which doubtful pairs are put before experts."""
+
+    budget: Annotated[int, meaning("pairs of the batch", "pairs", ge=1)] = 500
+    order: Annotated[
+        Literal["priority", "random"],
+        meaning("within a stratum the largest priority first, beside the random part; or all of it at random"),
+    ] = "priority"
+    random_share: Annotated[
+        float,
+        meaning(
+            "with order=priority, share of the budget drawn at random, from which the report tells of all", ge=0, le=1
+        ),
+    ] = 0.3
+    min_per_stratum: Annotated[
+        int, meaning("fewest pairs of a stratum, at random first; fewer where the budget cannot", "pairs", ge=0)
+    ] = 2
+    head_share: Annotated[
+        float, meaning("share of a data set's impressions that its head queries carry", "0..1", gt=0, lt=1)
+    ] = 0.5
+    torso_share: Annotated[
+        float, meaning("share that its torso queries carry; the tail has the rest", "0..1", ge=0, lt=1)
+    ] = 0.4
+    abandoned: Annotated[tuple[str, ...], meaning("batches given up: pairs that wait in them may be queued again")] = ()
+    seed: Annotated[int, meaning("seed of the draw", ge=0)] = 0
+
+    def __post_init__(self) -> None:
+        if self.head_share + self.torso_share > 1:
+            raise ValueError("head_share + torso_share is above 1; the rest is the share of the tail")
+
+
+@settings
 class SamplePairsRecipe:
     """Which pairs are put before the labeller."""
 

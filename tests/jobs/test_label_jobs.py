@@ -611,6 +611,35 @@ def test_people_s_grades_stand_in_the_ledger_once_and_name_what_they_supersede(s
     assert record_human_grades.run(config).counts == {"grades": 37, "reused": 37, "written": 0}
 
 
+def test_verdicts_supersede_each_other_in_the_order_in_which_they_were_given(shop):
+    pair = {"dataset": "s", "query_id": "q1", "product_id": "p1"}
+    told = [("eva", 0, 2), ("ulf", 1, 3), ("ada", 2, 3), ("eva", 2, 4), ("eva", 0, 5), ("judges:one", 1, 6)]
+    put(
+        shop,
+        AUDIT_VERDICT,
+        [
+            pair | {"expert": who, "grade": grade, "decided_at": datetime(2026, 1, day, tzinfo=UTC)}
+            for who, grade, day in reversed(told)
+        ],
+    )
+    config = record_human_grades.Config(lake=shop.root, inputs=record_human_grades.Inputs(audit_verdict="newest"))
+
+    record_human_grades.run(config)
+
+    rows = explain.explain(shop, "q1", "p1")["pair_grade"]
+    # of two at the same time the first by name counts, so it comes last
+    assert [(row["labeller"], row["grade"]) for row in rows[1:]] == [
+        ("eva", 0),
+        ("ulf", 1),
+        ("ada", 2),
+        ("eva", 2),
+        ("eva", 0),
+    ]
+    assert [row["supersedes"] for row in rows[1:]] == [row["address"] for row in rows[:-1]]
+    assert rows[-1]["is_newest"]
+    assert record_human_grades.run(config).counts["written"] == 0
+
+
 def test_a_drawn_sample_that_people_have_graded_gives_the_population_its_rates(shop, labeller, tmp_path):
     label_pairs.run(config_of(shop, labeller))
     inputs, recipe = correct_class_rates.Inputs(labeller=labeller), correct_class_rates.RatesRecipe(source="sampled")
