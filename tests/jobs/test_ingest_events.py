@@ -137,13 +137,30 @@ def test_nights_one_by_one_are_one_batch(nights, batch):
     assert [record.counts["deliveries"] for record in records] == [1] * NUM_NIGHTS
     # each night brings rows of its own day and of the day before
     assert [record.counts["days"] for record in records] == [1, 2, 2, 2]
-    for spec in RESULTS:
+    check_equal(lake, batch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_thirty_nights_one_by_one_are_one_batch(tmp_path):
+    """About 5 minutes."""
+    lake, batch = shop(tmp_path / "nights"), shop(tmp_path / "batch")
+    for day in range(30):
+        for one in (lake, batch):
+            write(one, day_of(day), night(day))
+        run(lake)
+    run(batch, "placement.rows_per_batch=2000")
+    check_equal(lake, batch)
+
+
+def check_equal(lake, batch):
+    """Events, counts, quarantine and tally are equal, and so is what is fitted to them."""
+    for spec in (*RESULTS, EVENT_QUARANTINE):
         assert content(lake, spec) == content(batch, spec), spec.name
-    assert content(lake, EVENT_QUARANTINE) == content(batch, EVENT_QUARANTINE)
     assert tally_of(lake) == tally_of(batch)
-    dev = load_job(build_engagement.Config, "build_engagement", "dev", ["recipe.click_model.min_clicks=20"])
+    recipe = load_job(build_engagement.Config, "build_engagement", "dev", ["recipe.click_model.min_clicks=20"]).recipe
     for one in (lake, batch):
-        build_engagement.run(build_engagement.Config(lake=one.root, recipe=dev.recipe))
+        build_engagement.run(build_engagement.Config(lake=one.root, recipe=recipe))
     pairs = [
         {(row["query_id"], row["product_id"]): row for row in tables.rows(one, ENGAGEMENT).to_pylist()}
         for one in (lake, batch)
