@@ -95,7 +95,9 @@ def fit_annotators(marks: DataFrame, recipe: DawidSkeneRecipe) -> list[Annotator
         waiting = [fit for fit in waiting if not fit.is_done]
     for fit in fits:
         told = "converged" if fit.converged else "stopped before it converged; raise recipe.dawid_skene.max_rounds"
-        logger.info("annotators of %s: %d raters, %d rounds, %s", fit.dataset, len(fit.rater_A), len(fit.rounds), told)
+        level = logging.INFO if fit.converged else logging.WARNING
+        numbers = fit.dataset, len(fit.rater_A), len(fit.rounds)
+        logger.log(level, "annotators of %s: %d raters, %d rounds, %s", *numbers, told)
     return [fit.model() for fit in fits]
 
 
@@ -190,13 +192,16 @@ def _parameters(spark: SparkSession, models: Sequence[AnnotatorModel | Fit]) -> 
         )
         for model in models
     ]
-    columns: dict[str, object] = {
+    keys = {
         "dataset": [model.dataset for model in models for _ in model.rater_A],
         "kind": [rater.kind for model in models for rater in model.rater_A],
         "name": [rater.name for model in models for rater in model.rater_A],
-        "place": np.arange(sum(len(model.rater_A) for model in models)),
     }
-    columns |= dict(zip((*_LOGS, *_LOG_SHARES), np.vstack(logs).T, strict=True))
+    columns = {name: pa.array(values, pa.string()) for name, values in keys.items()}
+    columns["place"] = pa.array(np.arange(len(keys["name"])))
+    names = (*_LOGS, *_LOG_SHARES)
+    logs_AN = np.vstack([np.zeros((0, len(names))), *logs])
+    columns |= {name: pa.array(values) for name, values in zip(names, logs_AN.T, strict=True)}
     return spark.createDataFrame(pa.table(columns))
 
 

@@ -146,7 +146,7 @@ def test_no_round_lowers_the_posterior_and_the_last_is_at_rest(spark):
 
 def test_a_fit_that_is_cut_short_says_so(spark, caplog):
     _, marks = planted(2, 100)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.WARNING, logger="spark_etl"):
         (model,), _ = fit(as_frame(spark, marks), DawidSkeneRecipe(max_rounds=2, tolerance=1e-9))
     assert not model.converged
     assert [one.stage for one in model.rounds] == ["pooled"] * 2 + ["annotators"] * 2
@@ -209,6 +209,12 @@ def test_few_marks_are_sane(spark):
     assert shares["two"].argmax() == 0
     assert shares["two"][0] > shares["two"][1] > shares["two"][2]  # by the distance of grades
     assert np.isfinite([one.log_posterior for one in model.rounds]).all()
+
+
+def test_without_marks_nothing_is_fitted(spark):
+    models, shares = fit(as_frame(spark, []))
+    assert (models, shares) == ([], {})
+    assert confusion_frame(spark, models).count() == rounds_frame(spark, models).count() == 0
 
 
 def test_gold_makes_a_pair_sure_and_teaches_how_annotators_mark(spark):
