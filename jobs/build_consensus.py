@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from conf.load import settings
-from jobs import job
+from jobs import job, quality
 from lake.runs import RunRecord
 from lake.schemas import ANNOTATION_CONSENSUS
 from lake.spark import SparkPlacement
@@ -40,7 +40,11 @@ class Config:
 
 
 def run(config: Config) -> RunRecord:
-    """Replaces the consensus; pairs whose marks tie have no row."""
+    """Replaces the consensus; pairs whose marks tie have no row.
+
+    Raises:
+        GateError: the consensus is not what the last one lets expect.
+    """
     from lake import spark as lake_spark
     from spark_etl.consensus import build_consensus, with_verdicts
 
@@ -52,7 +56,8 @@ def run(config: Config) -> RunRecord:
         consensus = with_verdicts(consensus, tables["audit_verdict"])
     consensus = consensus.persist()
     by_judge = lake_spark.count_by(consensus, "judge")
-    written = lake_spark.replace(spark, current.lake, ANNOTATION_CONSENSUS, consensus, run_id=current.run_id)
+    with quality.gated(current, {ANNOTATION_CONSENSUS: consensus}, config.recipe.quality):
+        written = lake_spark.replace(spark, current.lake, ANNOTATION_CONSENSUS, consensus, run_id=current.run_id)
     consensus.unpersist()
     return current.finish(rows=sum(by_judge.values()), outputs={ANNOTATION_CONSENSUS.name: written}, counts=by_judge)
 
