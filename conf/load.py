@@ -155,14 +155,18 @@ def describe(cls: type[Any], config: Any | None = None, prefix: str = "") -> Ite
 
 
 def fingerprint(*parts: Any) -> str:
-    """16 hex digits over plain values and config dataclasses; equal recipes and inputs give equal prints."""
+    """16 hex digits over plain values and config dataclasses; equal recipes and inputs give equal prints.
+
+    Sections that say `BEARS_IDENTITY = False` are left out: they decide whether a result counts, not what it is.
+    """
     text = json.dumps([_plain(part) for part in parts], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        held = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: _plain(item) for name, item in held.items() if getattr(item, "BEARS_IDENTITY", True)}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

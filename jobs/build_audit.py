@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from conf.load import meaning, settings
-from jobs import job, labelling
+from jobs import job, labelling, quality
 from lake.runs import RunRecord
 from lake.schemas import AUDIT_CONFLICT
 from lake.spark import SparkPlacement
@@ -46,7 +46,11 @@ class Config:
 
 
 def run(config: Config) -> RunRecord:
-    """Replaces the conflicts."""
+    """Replaces the conflicts.
+
+    Raises:
+        GateError: the conflicts are not what the last ones let expect.
+    """
     from lake import spark as lake_spark
     from spark_etl.audit import find_conflicts, grades_out_of_fold, score_pairs, with_found_at
 
@@ -64,7 +68,8 @@ def run(config: Config) -> RunRecord:
     earlier = lake_spark.rows(spark, current.lake, AUDIT_CONFLICT) if is_there else None
     conflicts = with_found_at(conflicts, current.started_at, earlier).persist()
     by_kind = lake_spark.count_by(conflicts, "kind")
-    written = lake_spark.replace(spark, current.lake, AUDIT_CONFLICT, conflicts, run_id=current.run_id)
+    with quality.gated(current, {AUDIT_CONFLICT: conflicts}, config.recipe.quality):
+        written = lake_spark.replace(spark, current.lake, AUDIT_CONFLICT, conflicts, run_id=current.run_id)
     conflicts.unpersist()
     scored.unpersist()
     return current.finish(rows=sum(by_kind.values()), outputs={AUDIT_CONFLICT.name: written}, counts=by_kind)

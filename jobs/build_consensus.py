@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from conf.load import meaning, settings
-from jobs import job
+from jobs import job, quality
 from lake.runs import RunRecord
 from lake.schemas import ANNOTATION_CONSENSUS, ANNOTATOR_CONFUSION, DAWID_SKENE_ROUND, TableSpec
 from lake.spark import SparkPlacement
@@ -52,7 +52,11 @@ class Config:
 
 
 def run(config: Config) -> RunRecord:
-    """Replaces the consensus; pairs whose marks tie have no row. By dawid_skene also the annotators' matrices."""
+    """Replaces the consensus; pairs whose marks tie have no row. By dawid_skene also the annotators' matrices.
+
+    Raises:
+        GateError: the consensus is not what the last one lets expect.
+    """
     from lake import spark as lake_spark
     from spark_etl import consensus, dawid_skene
 
@@ -79,10 +83,11 @@ def run(config: Config) -> RunRecord:
     agreed = agreed.persist()
     persisted.append(agreed)
     by_judge = lake_spark.count_by(agreed, "judge")
-    outputs = {
-        spec.name: lake_spark.replace(spark, current.lake, spec, frame, run_id=current.run_id)
-        for spec, frame in (frames | {ANNOTATION_CONSENSUS: agreed}).items()
-    }
+    with quality.gated(current, {ANNOTATION_CONSENSUS: agreed}, config.recipe.quality):
+        outputs = {
+            spec.name: lake_spark.replace(spark, current.lake, spec, frame, run_id=current.run_id)
+            for spec, frame in (frames | {ANNOTATION_CONSENSUS: agreed}).items()
+        }
     for frame in persisted:
         frame.unpersist()
     rounds = {f"rounds/{model.dataset}": len(model.rounds) for model in models}

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from conf.load import settings
-from jobs import job
+from jobs import job, quality
 from lake.runs import RunRecord
 from lake.schemas import CLICK_MODEL, CLICK_MODEL_ROUND, ENGAGEMENT
 from lake.spark import SparkPlacement
@@ -39,7 +39,11 @@ class Config:
 
 
 def run(config: Config) -> RunRecord:
-    """Replaces click model and engagement; without events they have no row."""
+    """Replaces click model and engagement; without events they have no row.
+
+    Raises:
+        GateError: behaviour is not what the last one lets expect.
+    """
     from lake import spark as lake_spark
     from spark_etl import click_model, engagement
 
@@ -55,10 +59,11 @@ def run(config: Config) -> RunRecord:
         CLICK_MODEL_ROUND: click_model.rounds_frame(spark, models),
         ENGAGEMENT: pairs,
     }
-    outputs = {
-        spec.name: lake_spark.replace(spark, current.lake, spec, frame, run_id=current.run_id)
-        for spec, frame in frames.items()
-    }
+    with quality.gated(current, frames, config.recipe.quality):
+        outputs = {
+            spec.name: lake_spark.replace(spark, current.lake, spec, frame, run_id=current.run_id)
+            for spec, frame in frames.items()
+        }
     pairs.unpersist()
     counts.unpersist()
     return current.finish(

@@ -36,6 +36,7 @@ USAGE = """assay: graded relevance for product search
   assay search QUERY                              top products of the final model with score and grade band
   assay plan JOB SETTING [key=value ...]          what a run would read, whether it is current, what grading costs
   assay explain QUERY PRODUCT                     everything the lake knows of a pair
+  assay quality TABLE [runs=6]                    what runs measured of a table before they published it, or did not
   assay doctor                                    checks Java, jars, versions, disk and memory
 
 Every command takes lake=DIR (default .assay/demo), --json and --help, mixed with its words.
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         print(f"assay: no command {arguments[0]!r}; see assay --help", file=sys.stderr)
         return job.BAD_USAGE
-    quiet = arguments[0] in ("search", "label", "explain", "doctor", "runs", "jobs")
+    quiet = arguments[0] in ("search", "label", "explain", "quality", "doctor", "runs", "jobs")
     job.set_up_logging(logging.WARNING if quiet else logging.INFO)
     return job.guarded(lambda: _run(command, parse(arguments[1:], is_query=arguments[0] == "search")))
 
@@ -353,6 +354,24 @@ def explain(words: Words) -> None:
     print(json.dumps(facts, default=str) if words.wants_json else explain_job.render(facts))
 
 
+def quality(words: Words) -> None:
+    """What the newest runs measured of a table, and what was not as expected."""
+    from jobs import quality as gate
+
+    if len(words.plain) != 1:
+        raise ConfigError(f"quality: expected one TABLE, got {' '.join(words.plain) or 'none'}")
+    _refuse_extra(words, "quality", 1, ("lake", "runs"))
+    num_runs = words.value("runs", "6")
+    if not num_runs.isdigit() or not int(num_runs):
+        raise ConfigError(f"quality: runs={num_runs!r}: expected a number of runs from 1")
+    found = gate.history(words.lake, words.plain[0], int(num_runs))
+    if words.wants_json:
+        print(json.dumps([row | {"created_at": row["created_at"].isoformat()} for row in found]))
+        return
+    for sheet in gate.sheets(found):
+        _console(200).print(sheet)
+
+
 def doctor(words: Words) -> None:
     """Checks the machine.
 
@@ -383,6 +402,7 @@ COMMANDS: dict[str, Callable[[Words], None]] = {
     "search": search,
     "plan": plan,
     "explain": explain,
+    "quality": quality,
     "doctor": doctor,
 }
 

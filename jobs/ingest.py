@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import pyarrow as pa
 
 from conf.load import ConfigError, meaning, settings
-from jobs import job
+from jobs import job, quality
 from lake import tables
 from lake.runs import Run, RunRecord
 from lake.schemas import CATALOG_PRODUCT, GOLD_QUESTION, HUMAN_ANNOTATION, QUARANTINE, QUERY, TABLES
@@ -58,6 +58,7 @@ def run(config: Config) -> RunRecord:
     Raises:
         ValueError: a folder or file is missing or damaged, too many rows cannot be used, or the lake holds other
             data sets; no table but quarantine is changed then.
+        GateError: the tables are not what the last ones let expect.
     """
     from lake import spark as lake_spark
     from spark_etl import checked, ingest
@@ -80,10 +81,13 @@ def run(config: Config) -> RunRecord:
         for name, found in counts.items():
             checked.check_rejected(found, name, config.recipe.max_rejected_fraction, place)
         # Products and queries before what names them. A crash in between leaves no record: the next run replaces all.
-        outputs = {}
-        for spec in (CATALOG_PRODUCT, QUERY, HUMAN_ANNOTATION, GOLD_QUESTION):
-            rows = checked.kept(frames[spec.name], spec)
-            outputs[spec.name] = lake_spark.replace(spark, current.lake, spec, rows, run_id=current.run_id)
+        specs = (CATALOG_PRODUCT, QUERY, HUMAN_ANNOTATION, GOLD_QUESTION)
+        kept = {spec: checked.kept(frames[spec.name], spec) for spec in specs}
+        with quality.gated(current, kept, config.recipe.quality):
+            outputs = {
+                spec.name: lake_spark.replace(spark, current.lake, spec, rows, run_id=current.run_id)
+                for spec, rows in kept.items()
+            }
         for frame in frames.values():
             frame.unpersist()
     summed = {

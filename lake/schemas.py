@@ -184,7 +184,10 @@ SEARCH_EVENT = TableSpec(
         _DAY,
     ),
     partition_by=("dataset", "event_day"),
-    checks=(("kind_is_known", "kind IN ('impression', 'click', 'cart', 'purchase')"),),
+    checks=(
+        ("kind_is_known", "kind IN ('impression', 'click', 'cart', 'purchase')"),
+        ("position_is_a_rank", "position >= 1"),
+    ),
 )
 
 PLACE_COUNT = TableSpec(
@@ -274,7 +277,11 @@ HUMAN_ANNOTATION = TableSpec(
         Column("grade_value", FLOAT64, "the mark on the scale of grades; a mean of raters may lie between two", "0..2"),
         Column("guideline", STRING, "version of the guideline it was given under, where known", nullable=True),
     ),
-    checks=(_GRADE_CHECK, ("grade_value_is_a_grade", "grade_value BETWEEN 0 AND 2")),
+    checks=(
+        _GRADE_CHECK,
+        ("grade_value_is_a_grade", "grade_value BETWEEN 0 AND 2"),
+        ("marks_are_counted_from_1", "num_marks >= 1 AND mark_number >= 1"),
+    ),
 )
 
 ANNOTATION_CONSENSUS = TableSpec(
@@ -309,7 +316,12 @@ ANNOTATION_CONSENSUS = TableSpec(
             nullable=True,
         ),
     ),
-    checks=(_GRADE_CHECK,),
+    checks=(
+        _GRADE_CHECK,
+        ("marks_are_counted_from_1", "num_marks >= 1"),
+        ("agreement_is_a_share", "agreement > 0 AND agreement <= 1"),
+        ("shares_fall_with_the_grade", "at_least_2 >= 0 AND at_least_2 <= at_least_1 AND at_least_1 <= 1"),
+    ),
 )
 
 GOLD_QUESTION = TableSpec(
@@ -428,6 +440,10 @@ CLICK_MODEL = TableSpec(
         Column("clicks", INT64, "clicks there", "events"),
         Column("converged", BOOL, "whether the fit came to rest; with too few clicks there is none, and 1 everywhere"),
     ),
+    checks=(
+        ("examination_is_a_share", "examination > 0 AND examination <= 1"),
+        ("clicks_are_shown", "first_position >= 1 AND clicks >= 0 AND clicks <= impressions"),
+    ),
 )
 CLICK_MODEL_ROUND = TableSpec(
     "click_model_round",
@@ -441,6 +457,7 @@ CLICK_MODEL_ROUND = TableSpec(
         Column("log_posterior", FLOAT64, "the same with the prior of the attraction, which no round lowers", "nats"),
         Column("change", FLOAT64, "largest change of an examination"),
     ),
+    checks=(("round_is_counted_from_1", "round >= 1"),),
 )
 ENGAGEMENT = TableSpec(
     "engagement",
@@ -475,6 +492,14 @@ ENGAGEMENT = TableSpec(
                 (f"{rate}_low", "lower end of the 95 % interval"),
                 (f"{rate}_high", "upper end of the 95 % interval"),
             )
+        ),
+    ),
+    checks=(
+        ("counts_are_counts", "impressions >= 0 AND clicks >= 0 AND carts >= 0 AND purchases >= 0"),
+        ("expectation_and_rate_are_positive", "expected_clicks >= 0 AND corrected_rate > 0"),
+        *(
+            (f"{rate}_is_a_rate", f"{rate} IS NULL OR ({rate} >= 0 AND {rate} <= 1)")
+            for rate in ("click_rate", "cart_rate", "purchase_rate")
         ),
     ),
 )
@@ -517,7 +542,7 @@ AUDIT_CONFLICT = TableSpec(
             nullable=True,
         ),
     ),
-    checks=(_GRADE_CHECK,),
+    checks=(_GRADE_CHECK, ("counts_are_counts", "impressions >= 0 AND clicks >= 0 AND purchases >= 0")),
 )
 AUDIT_VERDICT = TableSpec(
     "audit_verdict",
@@ -968,6 +993,35 @@ QUARANTINE = TableSpec(
     ),
 )
 
+TABLE_QUALITY = TableSpec(
+    "table_quality",
+    "What runs measured of their tables before they published them, and what was expected. Append-only.",
+    "delta-rs",
+    ("run_id", "table_name", "dataset", "metric"),
+    (
+        _RUN,
+        Column("job", STRING, "the job"),
+        Column("table_name", STRING, "table measured"),
+        _DATASET,
+        Column(
+            "metric",
+            STRING,
+            "rows, null_rate/COLUMN, share/COLUMN/VALUE, median/COLUMN, or drift/COLUMN: Jensen-Shannon "
+            "distance to the standard",
+        ),
+        Column("value", FLOAT64, "what was measured"),
+        Column("at_least", FLOAT64, "smallest value expected", nullable=True),
+        Column("at_most", FLOAT64, "largest value expected", nullable=True),
+        Column("met", BOOL, "whether it was as expected"),
+        Column(
+            "published", BOOL, "whether the run published its tables; with a value not met it was told to accept it"
+        ),
+        Column("standard", STRING, "run whose rows it was compared with; the last that published", nullable=True),
+        Column("quantiles", pa.list_(FLOAT64), "of a median: the column's 99 percentiles", nullable=True),
+        _CREATED,
+    ),
+)
+
 TABLES: dict[str, TableSpec] = {
     spec.name: spec
     for spec in (
@@ -1010,6 +1064,7 @@ TABLES: dict[str, TableSpec] = {
         RECIPE_COMPARISON,
         RUN_RECORD,
         QUARANTINE,
+        TABLE_QUALITY,
     )
 }
 

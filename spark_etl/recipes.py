@@ -3,10 +3,67 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from conf.load import meaning, settings
-from lake.schemas import CandidateSource
+from lake.schemas import TABLES, CandidateSource
+
+
+@settings
+class TableExpectations:
+    """Bounds of one table that are not those of all; null takes those of all."""
+
+    table: Annotated[str, meaning("the table")]
+    min_rows: Annotated[int | None, meaning("fewest rows of a data set", "rows", ge=0)] = None
+    max_row_drop: Annotated[float | None, meaning("largest loss of rows", "share", ge=0, le=1)] = None
+    max_row_growth: Annotated[float | None, meaning("largest gain of rows", "share", ge=0)] = None
+    max_null_rate_rise: Annotated[
+        float | None, meaning("largest rise of a column's share of nulls", "0..1", ge=0, le=1)
+    ] = None
+    max_drift: Annotated[float | None, meaning("largest Jensen-Shannon distance of a column", "0..1", ge=0, le=1)] = (
+        None
+    )
+
+
+@settings
+class QualityRecipe:
+    """When a run publishes nothing: its tables, data set by data set, against those last published by the same job.
+
+    All bounds but `min_rows` leave room for chance beside them, the more the fewer rows there are.
+    """
+
+    BEARS_IDENTITY: ClassVar[bool] = False
+    """A gate decides whether a result is published, not what it is."""
+
+    min_rows: Annotated[int, meaning("fewest rows of a data set in each table", "rows", ge=0)] = 0
+    max_row_drop: Annotated[float, meaning("largest loss of rows; 1: any", "share", ge=0, le=1)] = 0.2
+    max_row_growth: Annotated[float, meaning("largest gain of rows; 1: they may double", "share", ge=0)] = 1.0
+    max_null_rate_rise: Annotated[
+        float, meaning("largest rise of a column's share of nulls; 1: any", "0..1", ge=0, le=1)
+    ] = 0.1
+    max_drift: Annotated[
+        float,
+        meaning(
+            "largest Jensen-Shannon distance of a column's distribution, by values or tenths; 1: any",
+            "0..1",
+            ge=0,
+            le=1,
+        ),
+    ] = 0.15
+    tables: Annotated[tuple[TableExpectations, ...], meaning("tables with bounds of their own")] = ()
+    accept: Annotated[
+        str,
+        meaning(
+            "id of the run that was stopped: what it broke does not stop this run, once; "
+            "all: nothing stops this run, for a single command"
+        ),
+    ] = ""
+
+    def __post_init__(self) -> None:
+        named = [own.table for own in self.tables]
+        for table in named:
+            if table not in TABLES or named.count(table) > 1:
+                raise ValueError(f"quality.tables: {table!r} is no table, or named twice; docs/tables.md lists all")
 
 
 @settings
@@ -32,6 +89,7 @@ class IngestRecipe:
         float, meaning("share of a table's raw rows that may be quarantined before the run fails", "0..1", ge=0, le=1)
     ] = 0.1
     splits: SplitRecipe = SplitRecipe()
+    quality: QualityRecipe = QualityRecipe()
 
 
 EventSource = Literal["events", "ubi"]
@@ -159,6 +217,8 @@ class ConsensusRecipe:
     ] = 0.0
     dawid_skene: DawidSkeneRecipe = DawidSkeneRecipe()
 
+    quality: QualityRecipe = QualityRecipe()
+
 
 @settings
 class AnnotatorsRecipe:
@@ -204,6 +264,7 @@ class EngagementRecipe:
     min_pairs_per_class: Annotated[
         int, meaning("a class with fewer pairs takes the prior of its data set", "pairs", ge=1)
     ] = 200
+    quality: QualityRecipe = QualityRecipe()
 
 
 @settings
@@ -241,6 +302,7 @@ class AuditRecipe:
     traffic_exponent: Annotated[
         float, meaning("priority grows by this power of the impressions; 0: all pairs are worth the same", ge=0, le=1)
     ] = 0.0
+    quality: QualityRecipe = QualityRecipe()
 
     def __post_init__(self) -> None:
         if self.ignored_quantile > self.loved_quantile:
