@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import pyarrow as pa
 
 from conf.load import ConfigError, fingerprint, meaning, settings
-from jobs import job
+from jobs import job, quality
 from jobs.ingest import raw_folders
 from lake import tables
 from lake.runs import Run, RunRecord
@@ -87,6 +87,7 @@ def run(config: Config) -> RunRecord:
     Raises:
         ConfigError: a data set has no queries or products in the lake.
         ValueError: a folder or file is missing or damaged, or too many rows cannot be used.
+        GateError: days are not what those before let expect; they and later ones are not replaced.
     """
     from lake import spark as lake_spark
     from spark_etl.raw import reading
@@ -237,7 +238,9 @@ class Night:
             ]
             self._replace_refused(visits.refused_of_days(judged), {f"day={day}" for day in batch}, tally)
             self._check_rejected(tally)
-            self._replace(SEARCH_EVENT, judged.where("reason IS NULL"), where)
+            kept = judged.where("reason IS NULL").select(*SEARCH_EVENT.column_names)
+            with quality.gated(self.current, {SEARCH_EVENT: kept}, self.config.recipe.quality, part=f"/{batch[0]}"):
+                self._replace(SEARCH_EVENT, kept, where)
             self._replace(LOGGED_QUERY, visits.list_new_queries(judged), where)
         finally:
             judged.unpersist()

@@ -62,11 +62,12 @@ class Finding:
 
 
 @contextmanager
-def gated(current: Run, frames: Mapping[TableSpec, DataFrame], recipe: QualityRecipe) -> Iterator[None]:
+def gated(current: Run, frames: Mapping[TableSpec, DataFrame], recipe: QualityRecipe, part: str = "") -> Iterator[None]:
     """Lets the body publish the frames where all expectations are met or accepted; else it is never entered.
 
     Args:
         frames: table -> the rows that the body publishes, persisted where they are dear to compute.
+        part: of a run that publishes the same tables several times.
 
     Raises:
         GateError: an expectation is not met; the history tells of it.
@@ -77,14 +78,14 @@ def gated(current: Run, frames: Mapping[TableSpec, DataFrame], recipe: QualityRe
     found = check(current, frames, recipe)
     broken = [finding for finding in found if not finding.measure.met]
     if stopping := [finding for finding in broken if accepted is not None and finding.key not in accepted]:
-        _record(current, found, published=False)
+        _record(current, found, part, published=False)
         raise GateError(_refusal(current, stopping))
     for finding in broken:
         log.warning("%s: accepted: %s", current.job, sentence(finding))
     seconds = time.monotonic() - started
     log.info("%s: %d tables, %d values measured in %.1f s", current.job, len(frames), len(found), seconds)
     yield
-    _record(current, found, published=True)
+    _record(current, found, part, published=True)
 
 
 def check(current: Run, frames: Mapping[TableSpec, DataFrame], recipe: QualityRecipe) -> list[Finding]:
@@ -192,7 +193,7 @@ def _rows(current: Run, where: list[tuple[str, str, Any]]) -> list[dict[str, Any
     return rows
 
 
-def _record(current: Run, found: Sequence[Finding], *, published: bool) -> None:
+def _record(current: Run, found: Sequence[Finding], part: str, *, published: bool) -> None:
     now = datetime.now(UTC)
     rows = [
         {
@@ -212,13 +213,13 @@ def _record(current: Run, found: Sequence[Finding], *, published: bool) -> None:
         }
         for one in found
     ]
-    part = "quality/" + ",".join(dict.fromkeys(one.table for one in found))
+    names = ",".join(dict.fromkeys(one.table for one in found))
     tables.append_once(
         current.lake,
         TABLE_QUALITY,
         pa.Table.from_pylist(rows, schema=TABLE_QUALITY.schema),
         run_id=current.run_id,
-        part=part,
+        part=f"quality/{names}{part}",
     )
 
 

@@ -10,6 +10,19 @@ from lake.schemas import TABLES, CandidateSource
 
 
 @settings
+class SplitRecipe:
+    """Shares of the splits; test is what the other three leave."""
+
+    train: Annotated[float, meaning("share of train queries", "0..1", gt=0, lt=1)] = 0.7
+    validation: Annotated[float, meaning("share of validation queries", "0..1", gt=0, lt=1)] = 0.1
+    calibration: Annotated[float, meaning("share of calibration queries", "0..1", gt=0, lt=1)] = 0.1
+
+    def __post_init__(self) -> None:
+        if self.train + self.validation + self.calibration > 1:
+            raise ValueError("train + validation + calibration is above 1; the rest is the share of test")
+
+
+@settings
 class TableExpectations:
     """Bounds of one table that are not those of all; null takes those of all."""
 
@@ -64,19 +77,6 @@ class QualityRecipe:
         for table in named:
             if table not in TABLES or named.count(table) > 1:
                 raise ValueError(f"quality.tables: {table!r} is no table, or named twice; docs/tables.md lists all")
-
-
-@settings
-class SplitRecipe:
-    """Shares of the splits; test is what the other three leave."""
-
-    train: Annotated[float, meaning("share of train queries", "0..1", gt=0, lt=1)] = 0.7
-    validation: Annotated[float, meaning("share of validation queries", "0..1", gt=0, lt=1)] = 0.1
-    calibration: Annotated[float, meaning("share of calibration queries", "0..1", gt=0, lt=1)] = 0.1
-
-    def __post_init__(self) -> None:
-        if self.train + self.validation + self.calibration > 1:
-            raise ValueError("train + validation + calibration is above 1; the rest is the share of test")
 
 
 @settings
@@ -177,6 +177,8 @@ class EventsRecipe:
     judge_again: Annotated[
         Literal["touched", "all"], meaning("all: every day, as after new products; else days with new rows alone")
     ] = "touched"
+    quality: QualityRecipe = QualityRecipe(max_row_drop=1.0, max_row_growth=1e9, max_drift=0.1)
+    """Batches of days have as many rows as they come with: what they consist of is compared, not how many they are."""
 
 
 @settings
