@@ -120,7 +120,7 @@ def plain_em(marks, recipe):
 
 def test_the_fit_comes_to_where_plain_loops_come(spark):
     _, marks = planted(0, 150)
-    recipe = DawidSkeneRecipe(tolerance=2e-3, prior_marks=5.0, distance_factor=0.3)
+    recipe = DawidSkeneRecipe(tolerance=1e-2, prior_marks=5.0, distance_factor=0.3)
     (model,), shares = fit(as_frame(spark, marks), recipe)
     pooled, matrices, q = plain_em(marks, recipe)
     assert model.converged
