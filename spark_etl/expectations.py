@@ -168,8 +168,9 @@ def _null_rate(column: str, profile: Profile, standard: Profile | None, bounds: 
         return Measure(f"null_rate/{column}", rate)
     before = standard.nulls[column] / standard.rows
     # Agresti and Caffo 2000: one row with and one without a null more, so that a rate of 0 leaves room for chance
-    pooled = (profile.nulls[column] + standard.nulls[column] + 1) / (profile.rows + standard.rows + 2)
-    chance = _Z * sqrt(pooled * (1 - pooled) * (1 / profile.rows + 1 / standard.rows))
+    usual = (standard.nulls[column] + 1) / (standard.rows + 2)
+    highest = min(usual + bounds.max_null_rate_rise, 1.0)
+    chance = _Z * sqrt(usual * (1 - usual) / standard.rows + highest * (1 - highest) / profile.rows)
     most = min(before + bounds.max_null_rate_rise + chance, 1.0)
     return Measure(f"null_rate/{column}", rate, None, most, "max_null_rate_rise", before)
 

@@ -1,4 +1,4 @@
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 from hypothesis import given
@@ -108,6 +108,21 @@ def test_fingerprint_changes_with_any_value_and_not_with_identity():
     assert fingerprint(Recipe()) == fingerprint(Recipe())
     assert fingerprint(Recipe()) != fingerprint(Recipe(epochs=3))
     assert len(fingerprint(Recipe())) == 16
+
+
+def test_a_section_that_bears_no_identity_is_no_part_of_the_fingerprint():
+    @settings
+    class Gate:
+        BEARS_IDENTITY: ClassVar[bool] = False
+        strict: Annotated[bool, meaning("whether")] = False
+
+    @settings
+    class Gated:
+        epochs: Annotated[int, meaning("passes")] = 2
+        gate: Gate = Gate()
+
+    assert fingerprint(Gated()) == fingerprint(Gated(gate=Gate(strict=True))) == fingerprint({"epochs": 2})
+    assert [item.key for item in describe(Gate)] == ["strict"]
 
 
 def test_every_job_has_the_settings_dev_and_nightly_and_they_load():

@@ -5,9 +5,22 @@ from datetime import UTC, datetime
 
 import pyarrow as pa
 import pytest
+from deltalake import write_deltalake
 
 from lake import storage, tables
-from lake.schemas import CANDIDATE_PAIR, MINED_PAIR, PAIR_GRADE, QUARANTINE
+from lake.schemas import (
+    ANNOTATION_CONSENSUS,
+    AUDIT_CONFLICT,
+    CANDIDATE_PAIR,
+    CLICK_MODEL,
+    CLICK_MODEL_ROUND,
+    ENGAGEMENT,
+    HUMAN_ANNOTATION,
+    MINED_PAIR,
+    PAIR_GRADE,
+    QUARANTINE,
+    SEARCH_EVENT,
+)
 from lake.storage import Lake, LakeError, atomic_folder
 
 
@@ -60,6 +73,40 @@ def test_a_grade_outside_the_scale_is_refused_by_the_table_itself(lake):
     with pytest.raises(Exception, match=r"(?i)grade"):
         tables.append_once(lake, PAIR_GRADE, ledger_row(grade=3), run_id="r", part="0")
     assert tables.rows(lake, PAIR_GRADE).num_rows == 0
+
+
+BROKEN = [
+    (SEARCH_EVENT, "position", 0),
+    (HUMAN_ANNOTATION, "num_marks", 0),
+    (ANNOTATION_CONSENSUS, "agreement", 1.5),
+    (ANNOTATION_CONSENSUS, "at_least_2", 0.9),
+    (CLICK_MODEL, "examination", 0.0),
+    (CLICK_MODEL, "clicks", 6),
+    (CLICK_MODEL_ROUND, "round", 0),
+    (ENGAGEMENT, "carts", -1),
+    (ENGAGEMENT, "corrected_rate", 0.0),
+    (ENGAGEMENT, "click_rate", 1.2),
+    (AUDIT_CONFLICT, "impressions", -1),
+]
+SOUND = {"kind": "click", "position": 1, "grade": 1, "grade_value": 1.0, "num_marks": 1, "mark_number": 1}
+SOUND |= {"agreement": 1.0, "at_least_1": 0.5, "at_least_2": 0.0, "examination": 1.0, "impressions": 5, "clicks": 5}
+SOUND |= {"first_position": 1, "round": 1, "carts": 0, "purchases": 0, "expected_clicks": 0.0, "corrected_rate": 1.0}
+FILLED = {pa.string(): "x", pa.float64(): 1.0, pa.bool_(): True}
+
+
+@pytest.mark.parametrize(("spec", "column", "value"), BROKEN)
+def test_what_cannot_be_is_refused_by_the_table_itself_and_what_can_be_is_not(lake, spec, column, value):
+    """Columns that may be null are null but the broken one."""
+    row = {
+        one.name: SOUND.get(one.name, FILLED.get(one.type, datetime.now(UTC)))
+        for one in spec.columns
+        if not one.nullable
+    }
+    table = tables.create(lake, spec)
+    write_deltalake(table, pa.Table.from_pylist([row], schema=spec.schema), mode="append")
+    with pytest.raises(Exception, match=f"(?i){column}"):
+        write_deltalake(table, pa.Table.from_pylist([row | {column: value}], schema=spec.schema), mode="append")
+    assert tables.rows(lake, spec).num_rows == 1
 
 
 def test_a_null_in_a_required_column_is_named(lake):
