@@ -2,12 +2,13 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := spark,ray,train,ann,label-cpu,s3,mlflow,demo,dev
+LAKE ?= .assay/demo
+EXTRAS := spark,ray,train,ann,label-cpu,s3,mlflow,demo,notebook,dev
 export HF_HUB_OFFLINE ?= 1
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format docs constraints wheel clean
+.PHONY: help install demo notebook test test-slow lint format docs constraints wheel clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -24,6 +25,9 @@ install: .venv/.installed  ## make .venv and install everything into it
 
 demo: install  ## run the whole loop on a generated marketplace
 	@$(BIN)/assay loop demo
+
+notebook: install  ## run a notebook and write it as HTML: NAME=audit_overview LAKE=.assay/demo [QUERY="red shoes"]
+	@$(BIN)/python notebooks/render.py $(NAME) lake='$(LAKE)' query='$(QUERY)'
 
 test: install  ## run the tests (under 25 minutes on 2 cores)
 	$(BIN)/python -m pytest

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 from conf.load import meaning, settings
 from jobs import job, labelling, quality
@@ -13,6 +13,9 @@ from lake.schemas import AUDIT_CONFLICT
 from lake.spark import SparkPlacement
 from lake.tables import exists
 from spark_etl.recipes import AuditRecipe
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
 
 
 @settings
@@ -52,16 +55,13 @@ def run(config: Config) -> RunRecord:
         GateError: the conflicts are not what the last ones let expect.
     """
     from lake import spark as lake_spark
-    from spark_etl.audit import find_conflicts, grades_out_of_fold, score_pairs, with_found_at
+    from spark_etl.audit import find_conflicts, with_found_at
 
     current = job.begin(config, "build_audit")
     spark = lake_spark.session(config.placement.spark)
     tables = lake_spark.pinned_rows(spark, current.lake, current.inputs)
-    labeller = None
-    if "labeller_oof" in tables:
-        fingerprint = labelling.labeller_fingerprint(current.lake, config.inputs.labeller)
-        labeller = grades_out_of_fold(tables["labeller_oof"], fingerprint)
-    scored = score_pairs(tables["engagement"], tables["annotation_consensus"], config.recipe, labeller).persist()
+    labeller = labelling.labeller_fingerprint(current.lake, config.inputs.labeller) if "labeller_oof" in tables else ""
+    scored = scored_pairs(tables, config.recipe, labeller).persist()
     conflicts = find_conflicts(scored, config.recipe)
     # how long a pair has been in doubt is no part of what is computed, so the rows of before are no input
     is_there = exists(current.lake, AUDIT_CONFLICT)
@@ -73,6 +73,18 @@ def run(config: Config) -> RunRecord:
     conflicts.unpersist()
     scored.unpersist()
     return current.finish(rows=sum(by_kind.values()), outputs={AUDIT_CONFLICT.name: written}, counts=by_kind)
+
+
+def scored_pairs(tables: Mapping[str, DataFrame], recipe: AuditRecipe, labeller: str) -> DataFrame:
+    """Every judged pair with its evidence, from the job's inputs by name; see `spark_etl.audit.score_pairs`.
+
+    Args:
+        labeller: fingerprint of the one whose grades count, where there are any; empty: the only one.
+    """
+    from spark_etl.audit import grades_out_of_fold, score_pairs
+
+    graded = grades_out_of_fold(tables["labeller_oof"], labeller) if "labeller_oof" in tables else None
+    return score_pairs(tables["engagement"], tables["annotation_consensus"], recipe, graded)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

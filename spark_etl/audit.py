@@ -43,6 +43,27 @@ def find_conflicts(scored: DataFrame, recipe: AuditRecipe) -> DataFrame:
     Args:
         scored: as of `score_pairs`.
     """
+    traffic = sf.pow(1 + sf.coalesce("impressions", sf.lit(0)), sf.lit(recipe.traffic_exponent))
+    return (
+        judge_pairs(scored, recipe)
+        .withColumn("priority", sf.col("expected_change") * traffic)
+        .where(sf.col("kind").isNotNull())
+        .fillna({"impressions": 0, "clicks": 0, "purchases": 0, "corrected_rate": 1.0})
+        .withColumn("found_at", sf.lit(None).cast("timestamp"))
+        .select(*AUDIT_CONFLICT.column_names)
+    )
+
+
+def judge_pairs(scored: DataFrame, recipe: AuditRecipe) -> DataFrame:
+    """The pairs with the rules that each meets and the bounds that these compare it with.
+
+    Adds `loved_above` and `ignored_below`, the bounds of the pair's data set and stratum; `sure_of`, how sure the
+    labeller is of each grade on average where people give it; `is_loved` and `is_ignored`; `labeller_names`, the other
+    grade that the labeller is surer of than that; and `kind`, the first rule met; null for none.
+
+    Args:
+        scored: as of `score_pairs`.
+    """
     is_shown = sf.coalesce("impressions", sf.lit(0)) >= recipe.min_impressions
     by_class = ["dataset", "stratum"]
     bounds = (
@@ -59,29 +80,24 @@ def find_conflicts(scored: DataFrame, recipe: AuditRecipe) -> DataFrame:
     grade = sf.col("grade")
     is_loved = is_shown & (sf.col("click_rate") > sf.col("loved_above")) & (sf.col("clicks") >= recipe.min_clicks)
     is_ignored = is_shown & (sf.col("click_rate") < sf.col("ignored_below"))
-    names_other = reduce(
-        Column.__or__,
-        (
+    named = [
+        sf.when(
             (grade != other)
             & (sf.col(f"p{other}") == sf.greatest(*_LABELLER))
-            & (sf.col(f"p{other}") >= sf.element_at("sure_of", other + 1))
-            for other in GRADES
-        ),
-    )
+            & (sf.col(f"p{other}") >= sf.element_at("sure_of", other + 1)),
+            other,
+        )
+        for other in GRADES
+    ]
     kind = (
-        sf.when(is_loved & (grade == int(Grade.IRRELEVANT)), "loved_but_irrelevant")
-        .when(is_ignored & (grade == int(Grade.EXACT)), "ignored_but_exact")
-        .when(names_other, "labeller_disagrees")
+        sf.when(sf.col("is_loved") & (grade == int(Grade.IRRELEVANT)), "loved_but_irrelevant")
+        .when(sf.col("is_ignored") & (grade == int(Grade.EXACT)), "ignored_but_exact")
+        .when(sf.col("labeller_names").isNotNull(), "labeller_disagrees")
         .when(sf.col("wrong_probability") >= recipe.min_wrong_probability, "doubtful")
     )
-    traffic = sf.pow(1 + sf.coalesce("impressions", sf.lit(0)), sf.lit(recipe.traffic_exponent))
-    return (
-        judged.withColumns({"kind": kind, "priority": sf.col("expected_change") * traffic})
-        .where(sf.col("kind").isNotNull())
-        .fillna({"impressions": 0, "clicks": 0, "purchases": 0, "corrected_rate": 1.0})
-        .withColumn("found_at", sf.lit(None).cast("timestamp"))
-        .select(*AUDIT_CONFLICT.column_names)
-    )
+    return judged.withColumns(
+        {"is_loved": is_loved, "is_ignored": is_ignored, "labeller_names": sf.coalesce(*named)}
+    ).withColumn("kind", kind)
 
 
 def with_found_at(conflicts: DataFrame, now: datetime, earlier: DataFrame | None = None) -> DataFrame:
@@ -159,7 +175,7 @@ def grades_out_of_fold(labeller_oof: DataFrame, fingerprint: str) -> DataFrame:
     if fingerprint not in known:
         raise ValueError(
             f"labeller_oof holds grades of {', '.join(known) or 'no labeller'}; "
-            "name one of them as inputs.labeller=FOLDER"
+            "name one of them (of a job inputs.labeller=FOLDER, of a notebook labeller=FINGERPRINT)"
         )
     return labeller_oof.where(sf.col("labeller") == fingerprint)
 

@@ -1,10 +1,31 @@
-"""The loop on 200 products with a tiny model, run once for all end-to-end tests."""
+"""What end-to-end tests share: the loop on 200 products with a tiny model, run once, and a Spark Connect server."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 
 import pytest
 
 from jobs import loop
 from lake.storage import Lake
 from tests.tiny_models import tiny_bert_folder
+
+SERVER = """
+import sys, time
+from pyspark.sql import SparkSession
+from lake.spark import SparkPlacement, java_home, local_options
+import os
+os.environ["JAVA_HOME"] = java_home()
+builder = SparkSession.builder.master("local[2]").config("spark.connect.grpc.binding.port", sys.argv[1])
+builder = builder.config("spark.plugins", "org.apache.spark.sql.connect.SparkConnectPlugin")
+for key, value in local_options(SparkPlacement(driver_memory_gib=2)).items():
+    builder = builder.config(key, value)
+builder.getOrCreate()
+time.sleep(3600)
+"""
 
 
 def small_loop(lake_root, model):
@@ -37,3 +58,22 @@ def finished(tmp_path_factory, spark, ray_cluster):
     config = loop.load_config(words[0], words[1:])
     found = loop.summary(Lake(config.lake), loop.run(config))
     return Lake(config.lake), words, found
+
+
+@pytest.fixture
+def connect_url():
+    """URL of a Spark Connect server with Delta."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", SERVER, str(port)]
+    server = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(120):
+        assert server.poll() is None, "the Spark Connect server ended"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(1)
+    yield f"sc://127.0.0.1:{port}"
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
