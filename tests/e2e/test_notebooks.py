@@ -132,7 +132,7 @@ class TestOnAShop:
 
     def test_annotators_stand_with_kappa_bias_and_confusion(self, shop, spark, monkeypatch):
         (agreement, everyone, _, confusion), drawn = run_cells("annotator_quality", shop, spark, monkeypatch)
-        assert list(agreement["slice"])[0] == "all"
+        assert next(iter(agreement["slice"])) == "all"
         assert len(everyone) == 5
         assert everyone["kappa"].is_monotonic_increasing
         # of a pair of one grade some mark must be given

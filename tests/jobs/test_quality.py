@@ -3,7 +3,7 @@
 import gzip
 import json
 import re
-from datetime import UTC, datetime
+from datetime import date
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +11,7 @@ import pytest
 from deltalake import write_deltalake
 
 from conf.load import ConfigError, fingerprint, load_job
-from jobs import build_audit, build_consensus, build_engagement, cli, ingest, job, quality
+from jobs import build_audit, build_consensus, build_engagement, cli, ingest, ingest_events, job, quality
 from lake import runs, tables
 from lake.schemas import (
     ANNOTATION_CONSENSUS,
@@ -20,7 +20,9 @@ from lake.schemas import (
     CLICK_MODEL,
     CLICK_MODEL_ROUND,
     ENGAGEMENT,
+    GOLD_QUESTION,
     HUMAN_ANNOTATION,
+    PLACE_COUNT,
     QUERY,
     SEARCH_EVENT,
     TABLE_QUALITY,
@@ -28,13 +30,14 @@ from lake.schemas import (
 
 pytestmark = pytest.mark.usefixtures("spark")
 WRITTEN = {
-    "ingest": {CATALOG_PRODUCT, QUERY, HUMAN_ANNOTATION, SEARCH_EVENT},
+    "ingest": {CATALOG_PRODUCT, QUERY, HUMAN_ANNOTATION, GOLD_QUESTION},
     "build_consensus": {ANNOTATION_CONSENSUS},
     "build_engagement": {CLICK_MODEL, CLICK_MODEL_ROUND, ENGAGEMENT},
     "build_audit": {AUDIT_CONFLICT},
 }
 MODULES = {
     "ingest": ingest,
+    "ingest_events": ingest_events,
     "build_consensus": build_consensus,
     "build_engagement": build_engagement,
     "build_audit": build_audit,
@@ -47,8 +50,8 @@ def lines(path, rows):
     path.write_bytes(gzip.compress("\n".join(json.dumps(row) for row in rows).encode()))
 
 
-def deliver(lake, *, brand="acme", grade=lambda place: GRADES[place % 3], num_marks=900, clicks=(1, 4, 7)):
-    """A raw folder of 200 products, 150 queries, marks and 1,500 impressions; `clicks` tens of each hundred click."""
+def deliver(lake, *, brand="acme", grade=lambda place: GRADES[place % 3], num_marks=900):
+    """A raw folder of 200 products, 150 queries, marks and a day's log."""
     raw = Path(lake.path("raw", "shop"))
     products = [{"product_id": f"p{n}", "title": f"title {n}", "brand": brand, "price": 1 + n % 50} for n in range(200)]
     lines(raw / "catalog" / "part.jsonl.gz", products)
@@ -59,18 +62,24 @@ def deliver(lake, *, brand="acme", grade=lambda place: GRADES[place % 3], num_ma
         for place, (query, product) in enumerate(pairs[:num_marks])
     ]
     lines(raw / "annotations" / "part.jsonl.gz", marks)
+    deliver_day(raw, 1)
+
+
+def deliver_day(raw, day, clicks=(1, 4, 7)):
+    """1,500 impressions, each in a visit of its own; `clicks` tens of each hundred are clicked."""
     events = [
-        {"event_id": f"{kind}{place}", "session_id": "s", "query_id": query, "product_id": product, "kind": kind}
-        | {"position": place % 10 + 1, "event_time": "2026-01-02T03:04:05Z"}
-        for place, (query, product) in enumerate(pairs)
+        {"visitor_id": f"v{place}", "query_id": f"q{place % 150}", "product_id": f"p{place % 150 + place // 150}"}
+        | {"kind": kind, "position": place % 10 + 1, "event_time": f"2026-01-0{day}T03:04:05Z"}
+        for place in range(1500)
         for kind in ("impression", *("click" for one in clicks if place // 10 % 10 == one))
     ]
-    lines(raw / "events" / "part.jsonl.gz", events)
+    lines(raw / "events" / f"2026-01-0{day}" / "part.jsonl.gz", events)
 
 
 def main(lake, name, *words):
     """Exit code of a job."""
-    raw = ["inputs.raw=[raw/shop]"] if name == "ingest" else []
+    folder = {"ingest": ["inputs.raw=[raw/shop]"], "ingest_events": ["inputs.logs=[raw/shop]"]}
+    raw = folder.get(name, [])
     return MODULES[name].main(["dev", f"lake={lake.root}", *raw, *words])
 
 
@@ -90,23 +99,18 @@ def test_a_broken_delivery_is_stopped_before_any_table_and_the_next_good_one_com
     assert {row["standard"] for row in measured(lake)} == {None}
     before = versions(lake, "ingest")
 
-    deliver(lake, brand=None, num_marks=450, clicks=(0, 1, 4, 5, 7, 8))
+    deliver(lake, brand=None, num_marks=450)
     assert main(lake, "ingest") == job.GATE_SAID_NO
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "ingest: catalog_product of shop: null_rate/brand 1, expected at most 0.18" in said
     # 900 x .8 - 3.719 x (720 x 1.8)^.5 = 586.1, by hand
     assert "human_annotation of shop: rows 450, expected at least 586 (max_row_drop; 900 before)" in said
-    assert "search_event of shop: drift/kind" in said
     stopped = re.search(r"recipe\.quality\.accept=(\w+)$", said)[1]
     assert versions(lake, "ingest") == before
     assert runs.newest(lake, "ingest").run_id == good
     told = measured(lake, run_id=stopped)
     broken = {(row["table_name"], row["metric"]) for row in told if not row["met"]}
-    assert broken == {
-        ("catalog_product", "null_rate/brand"),
-        ("human_annotation", "rows"),
-        ("search_event", "drift/kind"),
-    }
+    assert broken == {("catalog_product", "null_rate/brand"), ("human_annotation", "rows")}
     assert {row["published"] for row in told} == {False}
 
     deliver(lake, grade=lambda place: min(place % 3 + 1, 2))
@@ -130,6 +134,8 @@ def test_a_broken_delivery_is_stopped_before_any_table_and_the_next_good_one_com
 def test_every_table_of_the_four_jobs_is_measured_before_it_is_written(lake):
     deliver(lake)
     for name, specs in WRITTEN.items():
+        if name == "build_engagement":
+            assert main(lake, "ingest_events") == job.DONE
         words = ["recipe.min_wrong_probability=0.01", "recipe.min_impressions=1"] if name == "build_audit" else []
         assert main(lake, name, *words) == job.DONE
         record = runs.newest(lake, name)
@@ -190,26 +196,36 @@ def test_a_data_set_that_is_gone_and_an_empty_first_run_are_noticed(lake, capsys
     assert "annotation_consensus of shop: rows 0, expected at least" in capsys.readouterr().err
 
 
+def test_a_day_of_a_log_with_doubled_clicks_is_not_published(lake, capsys):
+    deliver(lake)
+    assert main(lake, "ingest") == main(lake, "ingest_events") == job.DONE
+    before = tables.version(lake, SEARCH_EVENT)
+    deliver_day(Path(lake.path("raw", "shop")), 2, clicks=(0, 1, 4, 5, 7, 8))
+    assert main(lake, "ingest_events") == job.GATE_SAID_NO
+    said = capsys.readouterr().err
+    assert "search_event of shop: drift/kind" in said
+    assert tables.version(lake, SEARCH_EVENT) == before
+    accept = re.search(r"recipe\.quality\.accept=\w+$", said.strip())[0]
+    assert main(lake, "ingest_events", accept) == job.DONE
+    assert len(set(tables.rows(lake, SEARCH_EVENT)["event_day"].to_pylist())) == 2
+
+
 def put_events(lake, clicks_of_ten):
     """2,000 pairs, each shown at ten places and clicked at as many of them as `clicks_of_ten` says of its number."""
-    kinds = [
-        (n, place, kind)
-        for n in range(2000)
-        for place in range(1, 11)
-        for kind in ("impression", *(["click"] if (place + n // 7) % 10 < clicks_of_ten(n) else []))
-    ]
+    places = [(n, place, (place + n // 7) % 10 < clicks_of_ten(n)) for n in range(2000) for place in range(1, 11)]
     columns = {
-        "dataset": ["shop"] * len(kinds),
-        "event_id": [f"{kind}{n}/{place}" for n, place, kind in kinds],
-        "session_id": ["s"] * len(kinds),
-        "query_id": [f"q{n % 100}" for n, _, _ in kinds],
-        "product_id": [f"p{n}" for n, _, _ in kinds],
-        "kind": [kind for _, _, kind in kinds],
-        "position": [place for _, place, _ in kinds],
-        "event_time": [datetime(2026, 1, 1, tzinfo=UTC)] * len(kinds),
+        "dataset": ["shop"] * len(places),
+        "query_id": [f"q{n % 100}" for n, _, _ in places],
+        "product_id": [f"p{n}" for n, _, _ in places],
+        "position": [place for _, place, _ in places],
+        "impressions": [1] * len(places),
+        "clicks": [int(is_clicked) for _, _, is_clicked in places],
+        "carts": [0] * len(places),
+        "purchases": [0] * len(places),
+        "event_day": [date(2026, 1, 1)] * len(places),
     }
-    table = pa.Table.from_pydict(columns, schema=SEARCH_EVENT.schema)
-    write_deltalake(lake.table(SEARCH_EVENT.name), table, mode="overwrite")
+    table = pa.Table.from_pydict(columns, schema=PLACE_COUNT.schema)
+    write_deltalake(lake.table(PLACE_COUNT.name), table, mode="overwrite")
 
 
 def test_doubled_clicks_change_neither_engagement_nor_the_click_model(lake, capsys):
