@@ -61,17 +61,16 @@ def run(config: Config) -> RunRecord:
     spark = lake_spark.session(config.placement.spark)
     tables = lake_spark.pinned_rows(spark, current.lake, current.inputs)
     labeller = labelling.labeller_fingerprint(current.lake, config.inputs.labeller) if "labeller_oof" in tables else ""
-    scored = scored_pairs(tables, config.recipe, labeller).persist()
-    conflicts = find_conflicts(scored, config.recipe)
-    # how long a pair has been in doubt is no part of what is computed, so the rows of before are no input
-    is_there = exists(current.lake, AUDIT_CONFLICT)
-    earlier = lake_spark.rows(spark, current.lake, AUDIT_CONFLICT) if is_there else None
-    conflicts = with_found_at(conflicts, current.started_at, earlier).persist()
-    by_kind = lake_spark.count_by(conflicts, "kind")
-    with quality.gated(current, {AUDIT_CONFLICT: conflicts}, config.recipe.quality):
-        written = lake_spark.replace(spark, current.lake, AUDIT_CONFLICT, conflicts, run_id=current.run_id)
-    conflicts.unpersist()
-    scored.unpersist()
+    with lake_spark.keeping() as keep:
+        scored = keep(scored_pairs(tables, config.recipe, labeller))
+        conflicts = find_conflicts(scored, config.recipe)
+        # how long a pair has been in doubt is no part of what is computed, so the rows of before are no input
+        is_there = exists(current.lake, AUDIT_CONFLICT)
+        earlier = lake_spark.rows(spark, current.lake, AUDIT_CONFLICT) if is_there else None
+        conflicts = keep(with_found_at(conflicts, current.started_at, earlier))
+        by_kind = lake_spark.count_by(conflicts, "kind")
+        with quality.gated(current, {AUDIT_CONFLICT: conflicts}, config.recipe.quality):
+            written = lake_spark.replace(spark, current.lake, AUDIT_CONFLICT, conflicts, run_id=current.run_id)
     return current.finish(rows=sum(by_kind.values()), outputs={AUDIT_CONFLICT.name: written}, counts=by_kind)
 
 

@@ -65,31 +65,27 @@ def run(config: Config) -> RunRecord:
     tables = lake_spark.pinned_rows(spark, current.lake, current.inputs)
     frames: dict[TableSpec, DataFrame] = {}
     models: list[AnnotatorModel] = []
-    persisted: list[DataFrame] = []
-    if config.recipe.method == "majority":
-        agreed = consensus.build_consensus(tables["human_annotation"], config.recipe)
-    else:
-        if config.recipe.min_agreement:
-            log.warning("recipe.min_agreement is of method=majority; by dawid_skene recipe.min_probability bounds")
-        marks = prepare(tables).persist()
-        persisted.append(marks)
-        models = dawid_skene.fit_annotators(marks, config.recipe.dawid_skene)
-        probabilities = dawid_skene.grade_probabilities(marks, models)
-        agreed = consensus.most_probable(tables["human_annotation"], probabilities, config.recipe)
-        frames[ANNOTATOR_CONFUSION] = dawid_skene.confusion_frame(spark, models)
-        frames[DAWID_SKENE_ROUND] = dawid_skene.rounds_frame(spark, models)
-    if "audit_verdict" in tables:
-        agreed = consensus.with_verdicts(agreed, tables["audit_verdict"])
-    agreed = agreed.persist()
-    persisted.append(agreed)
-    by_judge = lake_spark.count_by(agreed, "judge")
-    with quality.gated(current, {ANNOTATION_CONSENSUS: agreed}, config.recipe.quality):
-        outputs = {
-            spec.name: lake_spark.replace(spark, current.lake, spec, frame, run_id=current.run_id)
-            for spec, frame in (frames | {ANNOTATION_CONSENSUS: agreed}).items()
-        }
-    for frame in persisted:
-        frame.unpersist()
+    with lake_spark.keeping() as keep:
+        if config.recipe.method == "majority":
+            agreed = consensus.build_consensus(tables["human_annotation"], config.recipe)
+        else:
+            if config.recipe.min_agreement:
+                log.warning("recipe.min_agreement is of method=majority; by dawid_skene recipe.min_probability bounds")
+            marks = keep(prepare(tables))
+            models = dawid_skene.fit_annotators(marks, config.recipe.dawid_skene)
+            probabilities = dawid_skene.grade_probabilities(marks, models)
+            agreed = consensus.most_probable(tables["human_annotation"], probabilities, config.recipe)
+            frames[ANNOTATOR_CONFUSION] = dawid_skene.confusion_frame(spark, models)
+            frames[DAWID_SKENE_ROUND] = dawid_skene.rounds_frame(spark, models)
+        if "audit_verdict" in tables:
+            agreed = consensus.with_verdicts(agreed, tables["audit_verdict"])
+        agreed = keep(agreed)
+        by_judge = lake_spark.count_by(agreed, "judge")
+        with quality.gated(current, {ANNOTATION_CONSENSUS: agreed}, config.recipe.quality):
+            outputs = {
+                spec.name: lake_spark.replace(spark, current.lake, spec, frame, run_id=current.run_id)
+                for spec, frame in (frames | {ANNOTATION_CONSENSUS: agreed}).items()
+            }
     rounds = {f"rounds/{model.dataset}": len(model.rounds) for model in models}
     return current.finish(rows=sum(by_judge.values()), outputs=outputs, counts=by_judge | rounds)
 

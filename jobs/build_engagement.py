@@ -50,22 +50,21 @@ def run(config: Config) -> RunRecord:
     current = job.begin(config, "build_engagement")
     spark = lake_spark.session(config.placement.spark)
     tables = lake_spark.pinned_rows(spark, current.lake, current.inputs)
-    counts = engagement.sum_days(tables["place_count"]).persist()
-    models = click_model.fit_click_models(counts, config.recipe.click_model)
-    pairs = engagement.build_engagement(counts, models, config.recipe).persist()
-    rows = pairs.count()
-    frames = {
-        CLICK_MODEL: click_model.places_frame(spark, models),
-        CLICK_MODEL_ROUND: click_model.rounds_frame(spark, models),
-        ENGAGEMENT: pairs,
-    }
-    with quality.gated(current, frames, config.recipe.quality):
-        outputs = {
-            spec.name: lake_spark.replace(spark, current.lake, spec, frame, run_id=current.run_id)
-            for spec, frame in frames.items()
+    with lake_spark.keeping() as keep:
+        counts = keep(engagement.sum_days(tables["place_count"]))
+        models = click_model.fit_click_models(counts, config.recipe.click_model)
+        pairs = keep(engagement.build_engagement(counts, models, config.recipe))
+        rows = pairs.count()
+        frames = {
+            CLICK_MODEL: click_model.places_frame(spark, models),
+            CLICK_MODEL_ROUND: click_model.rounds_frame(spark, models),
+            ENGAGEMENT: pairs,
         }
-    pairs.unpersist()
-    counts.unpersist()
+        with quality.gated(current, frames, config.recipe.quality):
+            outputs = {
+                spec.name: lake_spark.replace(spark, current.lake, spec, frame, run_id=current.run_id)
+                for spec, frame in frames.items()
+            }
     return current.finish(
         rows=rows,
         outputs=outputs,

@@ -69,8 +69,12 @@ def run(config: Config) -> RunRecord:
     ingest.check_folders(folders)
     check_held(current.lake, set(folders))
     spark = lake_spark.session(config.placement.spark)
-    with tempfile.TemporaryDirectory() as scratch, reading(list(folders.values())):
-        frames = ingest.check_tables(spark, folders, config.recipe, Path(scratch))
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        reading(list(folders.values())),
+        lake_spark.keeping() as keep,
+    ):
+        frames = ingest.check_tables(spark, folders, config.recipe, scratch=Path(scratch), keep=keep)
         counts = {name: checked.tally(frame) for name, frame in frames.items()}
         by_source = quarantine(current, "source", ingest.read_rejected(spark, folders, Path(scratch)))
         for name, frame in frames.items():
@@ -88,8 +92,6 @@ def run(config: Config) -> RunRecord:
                 spec.name: lake_spark.replace(spark, current.lake, spec, rows, run_id=current.run_id)
                 for spec, rows in kept.items()
             }
-        for frame in frames.values():
-            frame.unpersist()
     summed = {
         f"{name}{kind}": number for name, found in counts.items() for kind, number in checked.summed(found).items()
     }

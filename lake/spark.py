@@ -12,7 +12,8 @@ import re
 import shutil
 import stat
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -218,6 +219,25 @@ def pinned_rows(spark: SparkSession, lake: Lake, inputs: Mapping[str, str]) -> d
     return {
         name: rows(spark, lake, TABLES[name], version=int(value)) for name, value in inputs.items() if name in TABLES
     }
+
+
+@contextmanager
+def keeping() -> Iterator[Callable[[DataFrame], DataFrame]]:
+    """Gives a function that persists a frame until the block ends, however it ends.
+
+    A frame that a failed run left persisted would be read in place of its files by the next run of the session.
+    """
+    kept: list[DataFrame] = []
+
+    def keep(frame: DataFrame) -> DataFrame:
+        kept.append(frame.persist())
+        return kept[-1]
+
+    try:
+        yield keep
+    finally:
+        for frame in kept:
+            frame.unpersist()
 
 
 def count_by(frame: DataFrame, column: str) -> dict[str, int]:

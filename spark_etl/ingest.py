@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pyspark.sql import DataFrame, SparkSession
@@ -34,28 +34,35 @@ def check_folders(folders: Mapping[str, str]) -> None:
 
 
 def check_tables(
-    spark: SparkSession, folders: Mapping[str, str], recipe: IngestRecipe, scratch: Path
+    spark: SparkSession,
+    folders: Mapping[str, str],
+    recipe: IngestRecipe,
+    *,
+    scratch: Path,
+    keep: Callable[[DataFrame], DataFrame],
 ) -> dict[str, DataFrame]:
-    """Table -> checked frame (see spark_etl.checked), each persisted, since it is counted before it is written.
+    """Table -> checked frame (see spark_etl.checked).
 
     Args:
         folders: data set -> its raw folder.
+        recipe: what rows must look like.
         scratch: folder for unpacked files; must outlive the frames.
+        keep: persists a frame, since each is counted before it is written.
     """
 
     def read(part: str, columns: Sequence[str]) -> DataFrame:
         return read_raw(spark, folders, part, columns, scratch)
 
-    product = catalog.check_products(read("catalog", catalog.COLUMNS), recipe).persist()
-    query = with_split(queries.check_queries(read("queries", queries.COLUMNS), recipe), recipe.splits).persist()
+    product = keep(catalog.check_products(read("catalog", catalog.COLUMNS), recipe))
+    query = keep(with_split(queries.check_queries(read("queries", queries.COLUMNS), recipe), recipe.splits))
     products, query_rows = kept(product, CATALOG_PRODUCT), kept(query, QUERY)
     annotation = marks.check_annotations(read("annotations", marks.COLUMNS), query_rows, products)
     known = gold.check_gold(read("gold", gold.COLUMNS), query_rows, products)
     return {
         CATALOG_PRODUCT.name: product,
         QUERY.name: query,
-        HUMAN_ANNOTATION.name: annotation.persist(),
-        GOLD_QUESTION.name: known.persist(),
+        HUMAN_ANNOTATION.name: keep(annotation),
+        GOLD_QUESTION.name: keep(known),
     }
 
 
