@@ -1,7 +1,7 @@
 # Databricks notebook source
 # MAGIC %md
 # MAGIC # Grades in doubt
-# MAGIC What the newest `build_audit` put in doubt: how much of it, why, how surely, and what reviews made of it.
+# MAGIC What the newest `build_audit`, with the recipe below, put in doubt: how much, why, how surely; what reviews found.
 
 # COMMAND ----------
 import pandas as pd
@@ -14,6 +14,7 @@ from spark_etl import overview
 pd.options.display.max_colwidth = 80
 lake = open_lake(globals())
 conflicts = lake.table("audit_conflict")
+lake.audit_recipe
 
 # COMMAND ----------
 # MAGIC %md ## How many: by kind, grade and stratum (1: the narrowest queries; 0: too few clicks to tell)
