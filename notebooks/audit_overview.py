@@ -1,7 +1,7 @@
 # Databricks notebook source
 # MAGIC %md
 # MAGIC # Grades in doubt
-# MAGIC What the newest `build_audit`, with the recipe below, put in doubt: how much, why, how surely; what reviews found.
+# MAGIC What the newest `build_audit`, with the recipe below, put in doubt: how much, why, how surely; what reviews say.
 
 # COMMAND ----------
 import pandas as pd
