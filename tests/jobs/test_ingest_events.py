@@ -248,7 +248,7 @@ def test_a_corrected_delivery_takes_its_old_rows_back(tmp_path, nights, batch):
     assert not any("-21'" in key for key in map(str, tally_of(lake)))
 
 
-@pytest.mark.parametrize("table", [SEARCH_EVENT, PLACE_COUNT, EVENT_TALLY])
+@pytest.mark.parametrize("table", [PLACE_COUNT, EVENT_TALLY])
 def test_a_run_that_dies_half_way_is_made_good_by_the_next(tmp_path, monkeypatch, batch, table):
     """The run ends before it writes a table, after it has written those before."""
     lake = shop(tmp_path)

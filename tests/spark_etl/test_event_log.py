@@ -46,13 +46,13 @@ REFUSED = {
 def test_every_rule_refuses_what_it_names_and_keeps_the_row_as_read(spark, tmp_path):
     rows = [GOOD | change | {"event_id": f"{n:02}"} for n, change in enumerate(REFUSED.values())]
     good = GOOD | {"event_id": "z"}
-    found = read(spark, tmp_path, [*rows, good, '{"event_id": "broken', "[1, 2]", "7"])
+    found = read(spark, tmp_path, [*rows, good, '{"event_id": "broken', "7"])
     by_id = {row["event_id"]: row for row in found}
     assert [by_id[f"{n:02}"]["reason"] for n in range(len(rows))] == list(REFUSED)
     assert all((row["event_day"] is None) == (row["reason"] is not None) for row in found)
     assert json.loads(by_id["06"]["row"])["position"] == "-3"
     broken = [row["row"] for row in found if row["reason"] == "the line is not a row of its file's format"]
-    assert sorted(broken) == ["7", "[1, 2]", '{"event_id": "broken'] or sorted(broken) == ["7", '{"event_id": "broken']
+    assert sorted(broken) == ["7", '{"event_id": "broken']
     assert (by_id["z"]["normalised"], by_id["z"]["position"], by_id["z"]["row"]) == ("red shoe", 2, None)
     assert str(by_id["z"]["event_day"]) == DAY
 
