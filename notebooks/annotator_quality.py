@@ -31,11 +31,12 @@ everyone
 
 # COMMAND ----------
 shown = everyone.dropna(subset="kappa").head(40)
+names = shown["dataset"] + ": " + shown["annotator"]
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 1.5 + len(shown) / 4), sharey=True, layout="constrained")
-left.hlines(shown["annotator"], shown["kappa_low"], shown["kappa_high"], color="tab:gray")
-left.scatter(shown["kappa"], shown["annotator"])
+left.hlines(names, shown["kappa_low"], shown["kappa_high"], color="tab:gray")
+left.scatter(shown["kappa"], names)
 left.set(xlabel="quadratic kappa with the majority of the others")
-right.barh(shown["annotator"], shown["bias"])
+right.barh(names, shown["bias"])
 right.set(xlabel="bias, steps")
 plt.show()
 

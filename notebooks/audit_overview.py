@@ -1,7 +1,6 @@
 # Databricks notebook source
-# MAGIC %md
-# MAGIC # Grades in doubt
-# MAGIC What the newest `build_audit`, with the recipe below, put in doubt: how much, why, how surely; what reviews say.
+# MAGIC %md # Grades in doubt
+# MAGIC What the newest `build_audit` put in doubt by its recipe (below): how much, how surely, and what reviews found.
 
 # COMMAND ----------
 import pandas as pd
@@ -18,6 +17,7 @@ lake.audit_recipe
 
 # COMMAND ----------
 # MAGIC %md ## How many: by kind, grade and stratum (1: the narrowest queries; 0: too few clicks to tell)
+# MAGIC Below, `expected_wrong` is the sum of the probabilities that the human grade is wrong.
 
 # COMMAND ----------
 counts = overview.count_conflicts(conflicts).toPandas()
@@ -29,7 +29,6 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4), layout="constrained"
 counts.pivot_table("num_pairs", "kind", "grade", "sum").plot.barh(stacked=True, ax=left, xlabel="conflicts")
 shares.pivot_table("share", "grade", "dataset").plot.bar(ax=right, ylabel="share of human grades in doubt", rot=0)
 plt.show()
-# expected_wrong: the sum of the probabilities that the human grade is wrong
 shares.join(counts.groupby(["dataset", "grade"])["expected_wrong"].sum(), on=["dataset", "grade"])
 
 # COMMAND ----------
@@ -56,5 +55,5 @@ found = None if report is None else overview.newest_report(report).toPandas()
 found if found is None else found[found["slice"].isin(["all", "kind", "dataset", "traffic"])].drop(columns="run_id")
 
 # COMMAND ----------
-figures = None if found is None else found[found["slice"] == "figure"].set_index("name")[["share", "low", "high"]]
-figures if figures is None else figures.assign(paper=pd.Series(PAPER), meaning=pd.Series(MEANT))
+figures = pd.DataFrame() if found is None else found[found["slice"] == "figure"].set_index("name")
+figures if figures.empty else figures[["share", "low", "high"]].assign(paper=pd.Series(PAPER), meaning=pd.Series(MEANT))

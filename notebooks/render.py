@@ -24,6 +24,8 @@ from lake.storage import replace_text
 
 FIRST_LINE, BETWEEN_CELLS = "# Databricks notebook source", "# COMMAND ----------"
 SETTINGS = ("lake", "query", "labeller", "connect_url")
+FROM_OUTSIDE = re.compile(r"<script[^>]*\ssrc=\"https?://[^\"]*\"[^>]*>\s*</script>")
+"""Scripts for formulas and widgets, which no notebook here has: a page of a shop's data asks nobody for anything."""
 DEFAULT_OUT = ".assay/notebooks"
 
 
@@ -129,7 +131,7 @@ def render(name: str, settings: dict[str, str], out: Path) -> None:
     path = find_notebook(name)
     notebook = executed(parse(path.read_text(encoding="utf-8"), path.stem), path.stem, settings)
     html, _ = HTMLExporter().from_notebook_node(notebook, resources={"metadata": {"name": f"Assay: {path.stem}"}})
-    replace_text(out, html)
+    replace_text(out, FROM_OUTSIDE.sub("", html))
     print(out)
 
 
