@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 TABLES_WRITTEN = (LOGGED_EVENT, SEARCH_EVENT, PLACE_COUNT, LOGGED_QUERY, EVENT_QUARANTINE, EVENT_TALLY)
 COUNTS = ("num_rows", "num_kept", "num_quarantined", "num_repeated", "num_passed_over")
-NO_DAY = ""
+NO_DAY, NO_FOLDER = "", "."
 Tally = dict[str, Any]
 
 
@@ -345,7 +345,8 @@ def check_sums(read: Sequence[Tally], days: Sequence[Tally]) -> None:
 
 def _delivery_and_file(folder: Path, path: Path) -> tuple[str, str]:
     file = path.relative_to(folder)
-    return (file.parts[0] if len(file.parts) > 1 else ""), str(file)
+    # Delta takes an empty name of a partition for none
+    return (file.parts[0] if len(file.parts) > 1 else NO_FOLDER), str(file)
 
 
 def _file_print(path: Path, recipe: EventLogRecipe) -> str:

@@ -135,7 +135,7 @@ QUERY = TableSpec(
 )
 
 _DAY = Column("event_day", DATE, "day on which it happened", "UTC", nullable=True)
-_DELIVERY = Column("delivery", STRING, "folder of the log that brought it, below events/; empty: no folder")
+_DELIVERY = Column("delivery", STRING, "folder of the log that brought it, below events/; a dot: none")
 _FILE = Column("file", STRING, "file of the log, below events/")
 
 LOGGED_EVENT = TableSpec(
