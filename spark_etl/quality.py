@@ -11,8 +11,11 @@ from pyspark.sql import functions as sf
 from lake.schemas import FLOAT64, INT32, INT64, TableSpec
 from spark_etl.expectations import NUM_QUANTILES, OTHERS, Profile
 
-FEW_VALUES = ("grade", "kind", "split", "given_split", "judge", "source", "scale", "stratum", "converged")
-"""Columns whose shares by value are told; of other columns that are no numbers only nulls are counted."""
+FEW_VALUES = ("grade", "kind", "split", "given_split", "source", "scale", "stratum", "converged")
+"""Columns whose shares by value are told; of other columns that are no numbers only nulls are counted.
+
+Who judged is none of them: verdicts take the place of marks as reviews go on.
+"""
 MAX_VALUES = 20
 """Commonest values of such a column that are told apart."""
 
