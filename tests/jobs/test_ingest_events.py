@@ -234,6 +234,8 @@ def files_by_day(lake):
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_corrected_delivery_takes_its_old_rows_back(tmp_path, nights, batch):
     lake = shop(tmp_path)
     wrong = [row | {"event_time": at(20, 60)} for row in visit(1, 7)]

@@ -228,6 +228,8 @@ def put_events(lake, clicks_of_ten):
     write_deltalake(lake.table(PLACE_COUNT.name), table, mode="overwrite")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_doubled_clicks_change_neither_engagement_nor_the_click_model(lake, capsys):
     put_events(lake, lambda n: n % 4)
     assert main(lake, "build_engagement") == job.DONE
