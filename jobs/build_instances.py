@@ -66,17 +66,19 @@ def run(config: Config) -> RunRecord:
     stage = config.recipe.stage
     if stage == 2 and "mined_pair" not in tables:
         raise ConfigError("build_instances: stage 2 needs inputs.mined_pair; give inputs.mined_pair=newest")
-    instances = build_instances(tables, _with_labeller(config, current)).persist()
-    pairs = instances.select(sf.explode(sf.arrays_zip("grades", "sources")).alias("pair")).select("pair.*")
-    by_kind = pairs.groupBy("grades", "sources").agg(sf.count("*").alias("count")).collect()
-    counts = {"pairs": sum(row["count"] for row in by_kind)}
-    for row in by_kind:
-        for name in (f"grade_{row['grades']}", row["sources"]):
-            counts[name] = counts.get(name, 0) + row["count"]
-    rows = instances.count()
-    where = f"stage = {stage}"
-    written = lake_spark.replace(spark, current.lake, TRAINING_INSTANCE, instances, run_id=current.run_id, where=where)
-    instances.unpersist()
+    with lake_spark.keeping() as keep:
+        instances = keep(build_instances(tables, _with_labeller(config, current)))
+        pairs = instances.select(sf.explode(sf.arrays_zip("grades", "sources")).alias("pair")).select("pair.*")
+        by_kind = pairs.groupBy("grades", "sources").agg(sf.count("*").alias("count")).collect()
+        counts = {"pairs": sum(row["count"] for row in by_kind)}
+        for row in by_kind:
+            for name in (f"grade_{row['grades']}", row["sources"]):
+                counts[name] = counts.get(name, 0) + row["count"]
+        rows = instances.count()
+        where = f"stage = {stage}"
+        written = lake_spark.replace(
+            spark, current.lake, TRAINING_INSTANCE, instances, run_id=current.run_id, where=where
+        )
     return current.finish(rows=rows, outputs={TRAINING_INSTANCE.name: written}, counts=counts)
 
 

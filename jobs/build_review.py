@@ -64,15 +64,15 @@ def run(config: Config) -> RunRecord:
     waiting = waiting_conflicts(tables["audit_conflict"], queue, settled(tables), config.recipe)
     traffic = query_traffic(tables["engagement"], config.recipe)
     products = tables["catalog_product"].select("dataset", "product_id", "category")
-    waiting = with_stratum(waiting, traffic, products).persist()
-    strata = plan_strata(waiting, config.recipe)
-    drawn = draw_pairs(waiting, strata, num_batches, config.recipe)
-    # a letter first, since a run's id may be all digits, which in a list of settings would be a number
-    batch = f"review-{current.run_id}"
-    rows = drawn.withColumns({"batch": sf.lit(batch), "created_at": sf.lit(current.started_at).cast("timestamp")})
-    where = equal_to({"batch": batch})
-    written = lake_spark.replace(spark, current.lake, REVIEW_QUEUE, rows, run_id=current.run_id, where=where)
-    waiting.unpersist()
+    with lake_spark.keeping() as keep:
+        waiting = keep(with_stratum(waiting, traffic, products))
+        strata = plan_strata(waiting, config.recipe)
+        drawn = draw_pairs(waiting, strata, num_batches, config.recipe)
+        # a letter first, since a run's id may be all digits, which in a list of settings would be a number
+        batch = f"review-{current.run_id}"
+        rows = drawn.withColumns({"batch": sf.lit(batch), "created_at": sf.lit(current.started_at).cast("timestamp")})
+        where = equal_to({"batch": batch})
+        written = lake_spark.replace(spark, current.lake, REVIEW_QUEUE, rows, run_id=current.run_id, where=where)
     num_random, num_first = sum(one.num_random for one in strata), sum(one.num_first for one in strata)
     return current.finish(
         rows=num_random + num_first,

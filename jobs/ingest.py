@@ -123,13 +123,12 @@ def check_held(lake: Lake, datasets: set[str]) -> None:
         ConfigError: there are such data sets.
     """
     for spec in (CATALOG_PRODUCT, QUERY):
-        if tables.exists(lake, spec):
-            held = set(tables.rows(lake, spec, columns=["dataset"]).column("dataset").unique().to_pylist())
-            if lost := ", ".join(sorted(held - datasets)):
-                raise ConfigError(
-                    f"lake={lake.root} also holds {lost}, which this run would drop; name all data sets in inputs.raw "
-                    "or another lake=DIR"
-                )
+        held = tables.datasets(lake, spec) if tables.exists(lake, spec) else set()
+        if lost := ", ".join(sorted(held - datasets)):
+            raise ConfigError(
+                f"lake={lake.root} also holds {lost}, which this run would drop; name all data sets in inputs.raw "
+                "or another lake=DIR"
+            )
 
 
 def quarantine(current: Run, part: str, refused: DataFrame) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -118,9 +119,8 @@ def check_known(current: Run, datasets: set[str]) -> None:
         ConfigError: naming one.
     """
     for spec in (QUERY, CATALOG_PRODUCT):
-        version = int(current.inputs[spec.name])
-        held = tables.rows(current.lake, spec, version=version, columns=["dataset"]).column("dataset").unique()
-        if lost := sorted(datasets - set(held.to_pylist())):
+        held = tables.datasets(current.lake, spec, int(current.inputs[spec.name]))
+        if lost := sorted(datasets - held):
             raise ConfigError(
                 f"inputs.logs: {spec.name} of lake={current.lake.root} has no row of {lost[0]}; run ingest with its "
                 "raw folder first, or name the folder as the data set is named"
@@ -194,7 +194,7 @@ class Night:
             return []
         deliveries = {delivery for delivery, _ in files.values()}
         rows = event_log.read_log(self.spark, self.dataset, files, self.config.recipe.log, scratch)
-        where = f"{self._mine} AND {_one_of('delivery', deliveries)}"
+        where = tables.one_of("delivery", deliveries)
         self._replace(LOGGED_EVENT, rows, where)
         logged = self._rows(LOGGED_EVENT).where(where)
         counted = {(row["delivery"], row["file"]): row.asDict() for row in event_log.tally_deliveries(logged).collect()}
@@ -212,9 +212,8 @@ class Night:
         """Replaces the days that are touched or have rows of new deliveries; what became of each file's rows there."""
         from pyspark.sql import functions as sf
 
-        logged = self._rows(LOGGED_EVENT).where(f"{self._mine} AND event_day IS NOT NULL")
-        mine = logged.where(_one_of("delivery", deliveries))
-        days = mine.withColumn("is_new", sf.col("delivery").isin(*new) if new else sf.lit(False)).groupBy("event_day")
+        logged = self._rows(LOGGED_EVENT).where("event_day IS NOT NULL").where(tables.one_of("delivery", deliveries))
+        days = logged.withColumn("is_new", sf.col("delivery").isin(*new) if new else sf.lit(False)).groupBy("event_day")
         sizes = {
             str(row["event_day"]): row["size"]
             for row in days.agg(sf.count("*").alias("size"), sf.max("is_new").alias("is_new")).collect()
@@ -222,35 +221,34 @@ class Night:
         }
         tally: list[Tally] = []
         for batch in day_batches(dict.fromkeys(touched, 0) | sizes, self.config.placement.rows_per_batch):
-            tally += self._judge_batch(mine, batch)
+            tally += self._judge_batch(logged, batch)
         return tally
 
     def _judge_batch(self, logged: DataFrame, batch: Sequence[str]) -> list[Tally]:
+        from lake import spark as lake_spark
         from spark_etl import visits
 
-        where = f"{self._mine} AND {_days(batch)}"
+        where = _days(batch)
         products, queries = (self.known[spec.name].where(self._mine) for spec in (CATALOG_PRODUCT, QUERY))
-        judged = visits.judge_days(logged.where(_days(batch)), queries, products, self.config.recipe.visits).persist()
-        try:
+        with lake_spark.keeping() as keep:
+            judged = keep(visits.judge_days(logged.where(where), queries, products, self.config.recipe.visits))
             tally = [
                 self._tally(row["delivery"], row["file"], str(row["event_day"]), row.asDict(), "")
                 for row in visits.tally_days(judged).collect()
             ]
             self._replace_refused(visits.refused_of_days(judged), {f"day={day}" for day in batch}, tally)
             self._check_rejected(tally)
-            kept = judged.where("reason IS NULL").select(*SEARCH_EVENT.column_names)
+            kept = judged.where("reason IS NULL")
             with quality.gated(self.current, {SEARCH_EVENT: kept}, self.config.recipe.quality, part=f"/{batch[0]}"):
                 self._replace(SEARCH_EVENT, kept, where)
             self._replace(LOGGED_QUERY, visits.list_new_queries(judged), where)
-        finally:
-            judged.unpersist()
         self._replace(PLACE_COUNT, visits.count_places(self._rows(SEARCH_EVENT).where(where)), where)
         log.info("%s: judged %d days up to %s", self.dataset, len(batch), batch[-1])
         return tally
 
     def _replace_refused(self, refused: DataFrame, parts: set[str], tally: Sequence[Tally]) -> None:
         """Replaces parts of the quarantine; where there is nothing to write or to take away, nothing is done."""
-        where = f"{self._mine} AND {_one_of('part', parts)}"
+        where = tables.one_of("part", parts)
         if any(row["num_quarantined"] for row in tally) or self._rows(EVENT_QUARANTINE).where(where).limit(1).count():
             self._replace(EVENT_QUARANTINE, refused, where)
 
@@ -280,15 +278,17 @@ class Night:
         return tables.equal_to({"dataset": self.dataset})
 
     def _rows(self, spec: TableSpec) -> DataFrame:
+        """The data set's rows of a table."""
         from lake import spark as lake_spark
 
-        return lake_spark.rows(self.spark, self.current.lake, spec)
+        return lake_spark.rows(self.spark, self.current.lake, spec).where(self._mine)
 
     def _replace(self, spec: TableSpec, frame: DataFrame, where: str) -> None:
+        """Replaces the data set's rows that meet the condition."""
         from lake import spark as lake_spark
 
-        found = frame.select(*spec.column_names)
-        lake_spark.replace(self.spark, self.current.lake, spec, found, run_id=self.current.run_id, where=where)
+        found, mine = frame.select(*spec.column_names), f"{self._mine} AND {where}"
+        lake_spark.replace(self.spark, self.current.lake, spec, found, run_id=self.current.run_id, where=mine)
 
 
 def changed_deliveries(prints: Mapping[tuple[str, str], str], held: Sequence[Tally]) -> set[str]:
@@ -331,10 +331,11 @@ def check_sums(read: Sequence[Tally], days: Sequence[Tally]) -> None:
     Raises:
         RuntimeError: naming the file.
     """
+    judged_of: Counter[tuple[str, str]] = Counter()
+    for day in days:
+        judged_of[day["delivery"], day["file"]] += day["num_rows"]
     for row in read:
-        judged = sum(
-            day["num_rows"] for day in days if (day["delivery"], day["file"]) == (row["delivery"], row["file"])
-        )
+        judged = judged_of[row["delivery"], row["file"]]
         if row["num_rows"] != judged + row["num_quarantined"] + row["num_passed_over"]:
             raise RuntimeError(
                 f"{row['delivery']}/{row['file']}: {row['num_rows']} rows were read and {judged} judged, "
@@ -352,12 +353,6 @@ def _delivery_and_file(folder: Path, path: Path) -> tuple[str, str]:
 def _file_print(path: Path, recipe: EventLogRecipe) -> str:
     held = path.stat()
     return fingerprint(held.st_size, held.st_mtime_ns, recipe)
-
-
-def _one_of(column: str, values: Iterable[str]) -> str:
-    """The SQL condition that a column has one of these values."""
-    listed = ", ".join("'" + value.replace("'", "''") + "'" for value in sorted(values))
-    return f"{column} IN ({listed})" if listed else "false"
 
 
 def _days(days: Iterable[str]) -> str:

@@ -51,20 +51,19 @@ def run(config: Config) -> RunRecord:
     spark = lake_spark.session(config.placement.spark)
     tables = lake_spark.pinned_rows(spark, current.lake, current.inputs)
     known = gold.known_grades(tables.get("gold_question"), tables.get("audit_verdict"))
-    marks = agreement.with_context(
-        tables["human_annotation"], tables["catalog_product"], config.recipe, known
-    ).persist()
-    frames = {
-        ANNOTATOR_QUALITY: agreement.measure_annotators(marks, config.recipe),
-        ANNOTATION_AGREEMENT: agreement.measure_agreement(marks, config.recipe),
-    }
-    whole = frames[ANNOTATION_AGREEMENT].where("slice = 'all'").collect()
-    counts = {spec.name: frame.count() for spec, frame in frames.items()}
-    outputs = {
-        spec.name: lake_spark.replace(spark, current.lake, spec, frame, run_id=current.run_id)
-        for spec, frame in frames.items()
-    }
-    marks.unpersist()
+    with lake_spark.keeping() as keep:
+        context = agreement.with_context(tables["human_annotation"], tables["catalog_product"], config.recipe, known)
+        marks = keep(context)
+        frames = {
+            ANNOTATOR_QUALITY: agreement.measure_annotators(marks, config.recipe),
+            ANNOTATION_AGREEMENT: agreement.measure_agreement(marks, config.recipe),
+        }
+        whole = frames[ANNOTATION_AGREEMENT].where("slice = 'all'").collect()
+        counts = {spec.name: frame.count() for spec, frame in frames.items()}
+        outputs = {
+            spec.name: lake_spark.replace(spark, current.lake, spec, frame, run_id=current.run_id)
+            for spec, frame in frames.items()
+        }
     metrics = {
         f"{name}/{row['dataset']}": row[name]
         for row in whole

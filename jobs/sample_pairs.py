@@ -10,6 +10,7 @@ from jobs import job
 from lake.runs import RunRecord
 from lake.schemas import CANDIDATE_PAIR
 from lake.spark import SparkPlacement
+from lake.tables import one_of
 from spark_etl.recipes import SamplePairsRecipe
 
 NEEDS = {"annotated": "human_annotation", "engagement": "engagement", "mined": "mined_pair"}
@@ -61,11 +62,11 @@ def run(config: Config) -> RunRecord:
     for source, table in NEEDS.items():
         if source in config.recipe.sources and table not in tables:
             raise ConfigError(f"sample_pairs: the source {source} needs inputs.{table}; give inputs.{table}=newest")
-    pairs = sample_pairs(tables, config.recipe).persist()
-    by_source = lake_spark.count_by(pairs, "source")
-    where = f"source IN ({', '.join(repr(source) for source in config.recipe.sources)})"
-    written = lake_spark.replace(spark, current.lake, CANDIDATE_PAIR, pairs, run_id=current.run_id, where=where)
-    pairs.unpersist()
+    with lake_spark.keeping() as keep:
+        pairs = keep(sample_pairs(tables, config.recipe))
+        by_source = lake_spark.count_by(pairs, "source")
+        where = one_of("source", config.recipe.sources)
+        written = lake_spark.replace(spark, current.lake, CANDIDATE_PAIR, pairs, run_id=current.run_id, where=where)
     return current.finish(rows=sum(by_source.values()), outputs={CANDIDATE_PAIR.name: written}, counts=by_source)
 
 

@@ -7,7 +7,7 @@ without a word), and carries an application transaction, so that a replayed part
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -180,9 +180,24 @@ def replace(lake: Lake, spec: TableSpec, data: pa.Table, *, run_id: str, where: 
     return int(open_table(lake, spec).version())
 
 
+def datasets(lake: Lake, spec: TableSpec, version: int | None = None) -> set[str]:
+    """The data sets of which a table has rows."""
+    return set(rows(lake, spec, version=version, columns=["dataset"]).column("dataset").unique().to_pylist())
+
+
 def equal_to(key: Mapping[str, str]) -> str:
     """The SQL condition that columns have these values."""
-    return " AND ".join(f"{name} = '{value.replace(chr(39), chr(39) * 2)}'" for name, value in key.items())
+    return " AND ".join(f"{name} = {_quoted(value)}" for name, value in key.items())
+
+
+def one_of(column: str, values: Iterable[str]) -> str:
+    """The SQL condition that a column has one of these values; of none it has none."""
+    listed = ", ".join(map(_quoted, sorted(values)))
+    return f"{column} IN ({listed})" if listed else "false"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
 
 
 def conform(spec: TableSpec, data: pa.Table) -> pa.Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as sf
 
-from spark_etl.checked import clean_text, reason_of, refuse_unknown
+from spark_etl.checked import clean_text, reason_of, refuse_unknown_pair
 
 COLUMNS = ("query_id", "product_id", "mark", "scale", "num_marks", "annotator", "grade", "grade_value", "guideline")
 
@@ -37,7 +37,6 @@ def check_annotations(raw: DataFrame, queries: DataFrame, products: DataFrame) -
             "guideline": clean_text("guideline"),
         }
     )
-    checked = refuse_unknown(typed.withColumn("reason", reason), queries, ("dataset", "query_id"))
-    checked = refuse_unknown(checked, products, ("dataset", "product_id"))
+    checked = refuse_unknown_pair(typed.withColumn("reason", reason), queries, products)
     same_hand = Window.partitionBy("dataset", "query_id", "product_id", "annotator", sf.col("reason").isNull())
     return checked.withColumn("mark_number", sf.row_number().over(same_hand.orderBy("raw_row"))).drop("unparsed")

@@ -44,16 +44,24 @@ def clean_text(name: str) -> Column:
     return sf.nullif(sf.regexp_replace(sf.trim(sf.regexp_replace(name, r"[\s\p{Z}]+", " ")), r"\x00", ""), sf.lit(""))
 
 
-def refuse_repeats(frame: DataFrame, key: Sequence[str]) -> DataFrame:
-    """Keeps one row per key among the rows without a reason: the first by its text, whatever the order read.
+def refuse_repeats(
+    frame: DataFrame, key: Sequence[str], *, content: str = "raw_row", order: Sequence[str] = ("raw_row",)
+) -> DataFrame:
+    """Keeps one row per key among the rows without a reason: the first in order, whatever the order read.
 
     Rows equal to the kept one become REPEATED, rows that differ from it get a reason.
+
+    Args:
+        frame: a checked frame.
+        key: columns whose values only one row may have.
+        content: column by which rows are equal.
+        order: columns by which one comes first, the content among them.
     """
-    same_key = Window.partitionBy(*key, sf.col("reason").isNull()).orderBy("raw_row")
+    same_key = Window.partitionBy(*key, sf.col("reason").isNull()).orderBy(*order)
     is_first = sf.row_number().over(same_key) == 1
     reason = (
         sf.when(sf.col("reason").isNotNull() | is_first, sf.col("reason"))
-        .when(sf.col("raw_row") == sf.first("raw_row").over(same_key), REPEATED)
+        .when(sf.col(content) == sf.first(content).over(same_key), REPEATED)
         .otherwise(f"another row has the same {key[-1]} and other content")
     )
     return frame.withColumn("reason", reason)
@@ -67,6 +75,23 @@ def refuse_unknown(frame: DataFrame, known: DataFrame, key: Sequence[str]) -> Da
     return frame.join(flagged, on=list(key), how="left").withColumn("reason", reason).drop("is_known")
 
 
+def refuse_unknown_pair(frame: DataFrame, queries: DataFrame, products: DataFrame) -> DataFrame:
+    """Gives a reason to rows whose query or product the data set lacks."""
+    known_query = refuse_unknown(frame, queries, ("dataset", "query_id"))
+    return refuse_unknown(known_query, products, ("dataset", "product_id"))
+
+
+def is_refused() -> Column:
+    """Whether a row of a checked frame goes to quarantine."""
+    return sf.col("reason").isNotNull() & (sf.col("reason") != REPEATED)
+
+
+def outcomes() -> tuple[Column, Column, Column]:
+    """Numbers of rows of a checked frame that are kept, refused and repeated."""
+    is_repeated = sf.coalesce(sf.col("reason") == REPEATED, sf.lit(False))
+    return sf.count_if(sf.col("reason").isNull()), sf.count_if(is_refused()), sf.count_if(is_repeated)
+
+
 def kept(checked: DataFrame, spec: TableSpec) -> DataFrame:
     """The rows that go to the table."""
     return checked.where(sf.col("reason").isNull()).select(*spec.column_names)
@@ -74,20 +99,16 @@ def kept(checked: DataFrame, spec: TableSpec) -> DataFrame:
 
 def rejected(checked: DataFrame, spec: TableSpec) -> DataFrame:
     """The rows that go to quarantine: dataset, table_name, row, reason."""
-    is_refused = sf.col("reason").isNotNull() & (sf.col("reason") != REPEATED)
-    return checked.where(is_refused).select(
+    return checked.where(is_refused()).select(
         "dataset", sf.lit(spec.name).alias("table_name"), sf.col("raw_row").alias("row"), "reason"
     )
 
 
 def tally(checked: DataFrame) -> list[Tally]:
     """Counts per data set, in one pass."""
-    is_kept, is_repeated = sf.col("reason").isNull(), sf.col("reason") == REPEATED
-    counts = checked.groupBy("dataset").agg(
-        sf.count_if(is_kept).alias("num_kept"),
-        sf.count_if(~is_kept & ~is_repeated).alias("num_rejected"),
-        sf.count_if(~is_kept & is_repeated).alias("num_repeated"),
-    )
+    names = ("num_kept", "num_rejected", "num_repeated")
+    counted = (number.alias(name) for name, number in zip(names, outcomes(), strict=True))
+    counts = checked.groupBy("dataset").agg(*counted)
     return [Tally(**row.asDict()) for row in counts.orderBy("dataset").collect()]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as sf
 
-from spark_etl.checked import clean_text, reason_of, refuse_repeats, refuse_unknown
+from spark_etl.checked import clean_text, reason_of, refuse_repeats, refuse_unknown_pair
 from spark_etl.consensus import newest_verdicts
 
 COLUMNS = ("query_id", "product_id", "grade", "source", "note", "guideline")
@@ -36,8 +36,7 @@ def check_gold(raw: DataFrame, queries: DataFrame, products: DataFrame) -> DataF
             "guideline": clean_text("guideline"),
         }
     )
-    checked = refuse_unknown(typed.withColumn("reason", reason), queries, ("dataset", "query_id"))
-    checked = refuse_unknown(checked, products, ("dataset", "product_id"))
+    checked = refuse_unknown_pair(typed.withColumn("reason", reason), queries, products)
     same_pair = Window.partitionBy(*PAIR, sf.col("reason").isNull())
     is_torn = sf.min("grade").over(same_pair) != sf.max("grade").over(same_pair)
     torn = sf.when(sf.col("reason").isNull() & is_torn, "another row gives the pair another grade")

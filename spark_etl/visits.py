@@ -10,7 +10,7 @@ from __future__ import annotations
 from pyspark.sql import Column, DataFrame, Window, WindowSpec
 from pyspark.sql import functions as sf
 
-from spark_etl.checked import REPEATED, reason_of
+from spark_etl.checked import REPEATED, is_refused, outcomes, reason_of, refuse_repeats, refuse_unknown
 from spark_etl.event_log import AFTER_SEARCH
 from spark_etl.recipes import VisitRecipe
 
@@ -32,13 +32,13 @@ def judge_days(logged: DataFrame, queries: DataFrame, products: DataFrame, recip
         queries: rows of the query table.
         products: rows of catalog_product.
     """
-    known = _with_product(_with_query(logged, queries), products)
-    refused = reason_of(
-        (~sf.col("is_known_product"), "product_id is not in the data set"),
+    known = _add_reason(
+        refuse_unknown(_with_query(logged, queries), products, ("dataset", "product_id")),
         (sf.col("query_is_lost"), "query_id is not in the data set"),
         *(() if recipe.new_queries else ((sf.col("is_new_query"), "query is not in the data set"),)),
     )
-    visited = _with_visits(_refuse_repeats(known.withColumn("reason", refused)), recipe)
+    once = refuse_repeats(known, (*_DAY, "event_id"), content="content", order=("delivery", "file", "content"))
+    visited = _with_visits(once, recipe)
     return _trace(_refuse_same_again(visited, recipe), recipe)
 
 
@@ -62,12 +62,6 @@ def _with_query(events: DataFrame, queries: DataFrame) -> DataFrame:
     ).drop("told_id", "text_id")
 
 
-def _with_product(events: DataFrame, products: DataFrame) -> DataFrame:
-    flagged = products.select("dataset", "product_id", sf.lit(True).alias("is_known_product"))
-    joined = events.join(flagged, on=["dataset", "product_id"], how="left")
-    return joined.fillna({"is_known_product": False})
-
-
 def _live(*key: str) -> WindowSpec:
     """Rows that nothing was found against so far, by the day and what else is named."""
     return Window.partitionBy(*_DAY, *key, sf.col("reason").isNull())
@@ -75,18 +69,6 @@ def _live(*key: str) -> WindowSpec:
 
 def _add_reason(frame: DataFrame, *rules: tuple[Column, Column | str]) -> DataFrame:
     return frame.withColumn("reason", sf.coalesce("reason", reason_of(*rules)))
-
-
-def _refuse_repeats(frame: DataFrame) -> DataFrame:
-    """Keeps of each event id the row that came first; of those that came together the first by content."""
-    came = _live("event_id").orderBy("delivery", "file", "content")
-    numbered = frame.withColumns({"number": sf.row_number().over(came), "same": sf.first("content").over(came)})
-    is_later = sf.col("number") > 1
-    return _add_reason(
-        numbered,
-        (is_later & (sf.col("content") == sf.col("same")), REPEATED),
-        (is_later, "another row has the same event_id and other content"),
-    ).drop("number", "same")
 
 
 def _with_visits(frame: DataFrame, recipe: VisitRecipe) -> DataFrame:
@@ -198,20 +180,16 @@ def list_new_queries(judged: DataFrame) -> DataFrame:
 
 def tally_days(judged: DataFrame) -> DataFrame:
     """Rows of each file and day: dataset, delivery, file, event_day, kept, quarantined and repeated."""
-    is_kept, is_repeated = sf.col("reason").isNull(), sf.col("reason") == REPEATED
-    return judged.groupBy("dataset", "delivery", "file", "event_day").agg(
-        sf.count_if(is_kept).alias("num_kept"),
-        sf.count_if(~is_kept & ~is_repeated).alias("num_quarantined"),
-        sf.count_if(~is_kept & is_repeated).alias("num_repeated"),
-    )
+    names = ("num_kept", "num_quarantined", "num_repeated")
+    counted = (number.alias(name) for name, number in zip(names, outcomes(), strict=True))
+    return judged.groupBy("dataset", "delivery", "file", "event_day").agg(*counted)
 
 
 def refused_of_days(judged: DataFrame) -> DataFrame:
     """Rows of event_quarantine."""
     told = ("event_id", "session_id", "query_id", "query", "product_id", "kind", "position", "event_time")
-    is_refused = sf.col("reason").isNotNull() & (sf.col("reason") != REPEATED)
     part = sf.concat(sf.lit("day="), sf.date_format("event_day", "yyyy-MM-dd"))
     row = sf.to_json(sf.struct(*told))
-    return judged.where(is_refused).select(
+    return judged.where(is_refused()).select(
         "dataset", part.alias("part"), "delivery", "file", row.alias("row"), "reason"
     )
