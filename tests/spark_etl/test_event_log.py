@@ -154,7 +154,7 @@ LINE = st.one_of(
 @settings(max_examples=4, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(files=st.lists(st.lists(LINE, max_size=30), min_size=6, max_size=8))
 def test_whatever_the_bytes_every_line_is_an_event_or_refused_with_a_reason(spark, tmp_path_factory, files):
-    """A line of blanks is no row; a row that says it was clicked is two."""
+    """A line of spaces and tabs is no row; a row that says it was clicked is two."""
     folder = tmp_path_factory.mktemp("log")
     paths = {}
     for number, lines in enumerate(files):
@@ -168,9 +168,11 @@ def test_whatever_the_bytes_every_line_is_an_event_or_refused_with_a_reason(spar
     twice = logged.where("event_id IS NOT NULL AND kind = 'click' AND event_id LIKE '%/click'").count()
     logged.unpersist()
     for path, lines in zip(paths, files, strict=True):
-        rows = sum(1 for line in lines if line.strip(b" \t\x00\x0b\x0c\x1c\x1d\x1e\x1f"))
+        # a zero byte or the mark of UTF-8 before blanks may be read as part of how they are encoded
+        rows = sum(1 for line in lines if line.replace(b"\xef\xbb\xbf", b"").strip(b" \t\x00"))
+        at_most = sum(1 for line in lines if line.strip(b" \t"))
         found = counted[path.name]["num_rows"] if path.name in counted else 0
-        assert rows <= found <= rows + twice + sum(b"clicked" in line for line in lines), (path.name, lines)
+        assert rows <= found <= at_most + twice + sum(b"clicked" in line for line in lines), (path.name, lines)
         assert found == events.get(path.name, 0) + refused.get(path.name, 0)
         good = json.dumps(GOOD).encode()
         assert events.get(path.name, 0) >= lines.count(good)
