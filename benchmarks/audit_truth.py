@@ -4,8 +4,11 @@
 
 Each shop is simulated, ingested and audited by the jobs of the same names, over real Delta tables, with planted errors
 in 5, 10 and 20 % of the judged pairs. Its ranker is as sticky and as wrong as those of shops: a product's place hardly
-changes from session to session, and partly for reasons that have nothing to do with relevance. The labeller is a small
-network over the pretrained encoder's vectors, tuned on four fifths of the queries for the fifth that it grades.
+changes from session to session, and partly for reasons that have nothing to do with relevance; it puts an exact product
+before an irrelevant one in 76 of 100 cases, a pretrained encoder in 82 on Home Depot and 71 on ESCI. Shoppers look at
+place k in one of k sessions, as is usual in studies of it (Joachims et al. 2017) and as retrotech's sessions have it. The
+labeller is a small network over the pretrained encoder's vectors, tuned on four fifths of the queries for the fifth that
+it grades.
 
 Five seeds, --quick one and two shares. `errors_found_vs_random`: planted errors among the first 5 % of pairs by the
 audit's priority, over those of a random 5 %, the least of all shops with 5 or 10 % planted.
@@ -35,7 +38,7 @@ from benchmarks import annotators
 from embeddings.encoder import EncoderRecipe, build_pretrained, encode
 from embeddings.marketplace_recipe import MarketplaceRecipe
 from embeddings.text import TextRecipe, product_text
-from jobs import build_audit, build_consensus, build_engagement, ingest, simulate
+from jobs import build_audit, build_consensus, build_engagement, ingest, ingest_events, simulate
 from lake import tables
 from lake.schemas import (
     ANNOTATION_CONSENSUS,
@@ -50,7 +53,7 @@ from lake.storage import Lake
 
 BUDGET = 0.05
 FOLDS = 5
-POSITION_BIAS = 0.7
+POSITION_BIAS = 1.0
 KEY = ["query_id", "product_id"]
 Pair = tuple[str, str]
 
@@ -66,10 +69,11 @@ def audited(folder: Path, seed: int, planted: float) -> Lake:
         planted_error_share=planted,
         position_bias=POSITION_BIAS,
         rank_noise=0.3,
-        ranker_error=0.7,
+        ranker_error=1.0,
     )
     simulate.run(simulate.Config(lake=lake.root, recipe=recipe))
     ingest.run(ingest.Config(lake=lake.root))
+    ingest_events.run(ingest_events.Config(lake=lake.root))
     build_consensus.run(build_consensus.Config(lake=lake.root))
     build_engagement.run(build_engagement.Config(lake=lake.root))
     tables.append_once(lake, LABELLER_OOF, out_of_fold(lake), run_id="benchmark", part="0")

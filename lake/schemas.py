@@ -453,8 +453,7 @@ CLICK_MODEL_ROUND = TableSpec(
     (
         _DATASET,
         Column("round", INT32, "running number, first is 1"),
-        Column("log_likelihood", FLOAT64, "of all impressions with and without a click", "nats"),
-        Column("log_posterior", FLOAT64, "the same with the prior of the attraction, which no round lowers", "nats"),
+        Column("log_likelihood", FLOAT64, "of the clicks of pairs shown at several places; no round lowers it", "nats"),
         Column("change", FLOAT64, "largest change of an examination"),
     ),
     checks=(("round_is_counted_from_1", "round >= 1"),),
@@ -488,7 +487,7 @@ ENGAGEMENT = TableSpec(
             Column(name, FLOAT64, f"{what} per look, {told}", "0..1", nullable=True)
             for rate, what in (("click_rate", "clicks"), ("cart_rate", "carts"), ("purchase_rate", "purchases"))
             for name, told in (
-                (rate, "drawn to the mean of the query's class"),
+                (rate, "drawn to what the query and the pair's share of its looks let expect"),
                 (f"{rate}_low", "lower end of the 95 % interval"),
                 (f"{rate}_high", "upper end of the 95 % interval"),
             )

@@ -248,6 +248,8 @@ def count_by(frame: DataFrame, column: str) -> dict[str, int]:
 def replace(spark: SparkSession, lake: Lake, spec: TableSpec, frame: DataFrame, *, run_id: str, where: str = "") -> int:
     """Replaces the table, or the rows that meet the SQL condition `where`, in one commit.
 
+    A column that the specification no longer has stays in a table of an earlier version, without values.
+
     Returns:
         The version written.
 
@@ -258,7 +260,10 @@ def replace(spark: SparkSession, lake: Lake, spec: TableSpec, frame: DataFrame, 
 
     tables.check_writer(spec, "spark")
     check_schema(spec, to_arrow_schema(frame.schema, timezone="UTC"))
-    tables.create(lake, spec)
+    table = tables.create(lake, spec)
+    for field in table.schema().fields:
+        if field.name not in spec.column_names and not field.nullable:  # of an earlier version, and written no more
+            spark.sql(f"ALTER TABLE delta.`{lake.table(spec.name)}` ALTER COLUMN `{field.name}` DROP NOT NULL")
     writer = frame.select(*spec.column_names).write.format("delta").mode("overwrite").option("userMetadata", run_id)
     if spec.partition_by:
         writer = writer.option("optimizeWrite", True)  # else every task writes a file into every partition

@@ -29,7 +29,7 @@ for dataset, rows in places.groupby("dataset"):
 
 # COMMAND ----------
 # MAGIC %md ## Whether the fit came to rest
-# MAGIC No round may lower the posterior. `change` is the largest of a place's looks in the round.
+# MAGIC No round may lower the likelihood. `change` is the largest of a place's looks in the round.
 # MAGIC `converged` is false where the log had too few clicks for a fit: then the looks are 1 everywhere.
 
 # COMMAND ----------
@@ -42,8 +42,8 @@ places.groupby("dataset")[["converged", "impressions", "clicks"]].agg(
 # COMMAND ----------
 for dataset, rows in rounds.groupby("dataset"):
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 3.5), layout="constrained")
-    left.plot(rows["round"], rows["log_posterior"], marker="o")
-    left.set(title=dataset, xlabel="round", ylabel="log posterior, nats")
+    left.plot(rows["round"], rows["log_likelihood"], marker="o")
+    left.set(title=dataset, xlabel="round", ylabel="log likelihood, nats")
     right.plot(rows["round"], rows["change"], marker="o")
     right.set(title=dataset, xlabel="round", ylabel="largest change of looks", yscale="log")
     plt.show()

@@ -1,10 +1,15 @@
 """A position-based click model: a click needs a shopper who looks at the place and a product that attracts.
 
-P(click | query, product, place k) = examination_k x attraction of the pair, fitted by expectation maximisation
-(Craswell et al. 2008; Chuklin, Markov and de Rijke 2015, ch. 3 and 4). Only counts per pair and place are needed, which
-add up over days. Each round finds every pair's attraction for the examinations at hand from the counts alone, by
-Halley's method under the data set's Beta prior, and from it the expected looks at each place. So no state but the few
-examinations goes from round to round: counts are kept in memory once, and the plan stays as short as at first.
+Clicks of a pair at place k are expected to be impressions_k x examination_k x attraction (Craswell et al. 2008;
+Chuklin, Markov and de Rijke 2015, ch. 3). These means are fitted by expectation maximisation of a Poisson likelihood
+with an attraction for every pair: the looks that a pair is expected to have had give its attraction, all attractions
+the clicks expected at a place, and its clicks over these the new examination. Only pairs that were shown at several
+places tell examination from attraction, so only they take part. The fit needs no prior and is right in the mean however
+attraction spreads and whatever the shop puts where (Hausman, Hall and Griliches 1984; Wooldridge 1999); that of single
+clicks with the most probable attraction of every pair was up to a tenth off.
+
+Only counts per pair and place are needed, which add up over days. No state but the few examinations goes from round to
+round: counts are kept in memory once, and the plan stays as short as at first.
 
 Shapes: K bins of places.
 """
@@ -20,12 +25,10 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
 from spark_etl.recipes import ClickModelRecipe
-from spark_etl.shrinkage import Prior, fit_priors
 
 logger = logging.getLogger(__name__)
 
 PAIR = ("dataset", "query_id", "product_id")
-_HALLEY_STEPS = 4
 _LEAST_EXAMINATION = 1e-6
 
 
@@ -34,13 +37,11 @@ class Round:
     """What a round of the fit came to.
 
     Attributes:
-        log_likelihood: of all clicks and impressions without a click.
-        log_posterior: the same with the prior's, which no round lowers.
+        log_likelihood: of the clicks of pairs that were shown at several places, which no round lowers.
         change: largest change of an examination since the round before.
     """
 
     log_likelihood: float
-    log_posterior: float
     change: float
 
 
@@ -54,7 +55,6 @@ class ClickModel:
         examination_K: looks per impression, 1 at the first place, which is looked at most.
         impressions_K: products shown there.
         clicks_K: clicks there.
-        prior: of the attraction, by moments, under which the fit was done.
         rounds: in their order.
         converged: whether the last round changed examinations by less than the tolerance. A data set with too few
             clicks is not fitted; then all places count as looked at.
@@ -65,7 +65,6 @@ class ClickModel:
     examination_K: tuple[float, ...]
     impressions_K: tuple[int, ...]
     clicks_K: tuple[int, ...]
-    prior: Prior
     rounds: tuple[Round, ...]
     converged: bool
 
@@ -124,11 +123,11 @@ def places_frame(spark: SparkSession, models: Iterable[ClickModel]) -> DataFrame
 def rounds_frame(spark: SparkSession, models: Iterable[ClickModel]) -> DataFrame:
     """Rows of the table click_model_round."""
     rows = [
-        (model.dataset, number, one.log_likelihood, one.log_posterior, one.change)
+        (model.dataset, number, one.log_likelihood, one.change)
         for model in models
         for number, one in enumerate(model.rounds, start=1)
     ]
-    schema = "dataset string, round int, log_likelihood double, log_posterior double, change double"
+    schema = "dataset string, round int, log_likelihood double, change double"
     return spark.createDataFrame(rows, schema)
 
 
@@ -144,68 +143,62 @@ def _fit(
             sum(clicks_K),
             clicks_K[0],
         )
-        return ClickModel(dataset, first_K, (1.0,) * len(first_K), shown_K, clicks_K, Prior(1.0, 1.0), (), False)
+        return ClickModel(dataset, first_K, (1.0,) * len(first_K), shown_K, clicks_K, (), False)
     examination_K = _held(rate / rates_K[0] for rate in rates_K)
-    looks = sf.create_map(*(sf.lit(one) for both in zip(first_K, examination_K, strict=True) for one in both))
-    look = sf.element_at(looks, sf.col("first"))
-    missed = [
-        sf.sum(sf.when(sf.col("first") == first, sf.col("shown") - sf.col("clicks")).otherwise(0)).cast("double")
-        for first in first_K
-    ]
+    at_place = {
+        f"{name}_{place}": sf.sum(sf.when(sf.col("first") == first, sf.col(name)).otherwise(0))
+        for name in ("shown", "clicks")
+        for place, first in enumerate(first_K)
+    }
+    several = " + ".join(f"int(shown_{place} > 0)" for place in range(len(first_K)))
     pairs = (
         binned.groupBy(*PAIR)
-        .agg(
-            sf.sum("clicks").cast("double").alias("clicked"),
-            sf.sum(sf.col("shown") * look).alias("trials"),
-            sf.sum(sf.col("shown") * look * look).alias("squares"),
-            *(one.alias(f"missed_{place}") for place, one in enumerate(missed)),
-        )
+        .agg(sf.sum("clicks").alias("clicked"), *(column.alias(name) for name, column in at_place.items()))
+        .where(f"clicked > 0 AND {several} > 1")
         .drop(*PAIR)
         .persist()
     )
     try:
-        prior = fit_priors(pairs, ["clicked"])[()]["clicked"]
-        fit = _Fit(pairs, shown_K, clicks_K, prior)
+        of_several = pairs.agg(*(sf.sum(f"clicks_{place}") for place in range(len(first_K)))).collect()[0]
+        fit = _Fit(pairs, [clicks or 0 for clicks in of_several])
         examination_K, rounds = _iterate(fit, examination_K, recipe)
     finally:
         pairs.unpersist()
     converged = rounds[-1].change < recipe.tolerance
     told = "converged" if converged else "stopped before it converged; raise recipe.click_model.max_rounds"
     logger.info("click model of %s: %d rounds, %s", dataset, len(rounds), told)
-    return ClickModel(dataset, first_K, tuple(examination_K), shown_K, clicks_K, prior, tuple(rounds), converged)
+    return ClickModel(dataset, first_K, tuple(examination_K), shown_K, clicks_K, tuple(rounds), converged)
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """One round of expectation and maximisation over the pairs of a data set."""
+    """One round of expectation and maximisation over the pairs of a data set that were shown at several places."""
 
     pairs: DataFrame
-    shown_K: Sequence[int]
     clicks_K: Sequence[int]
-    prior: Prior
 
     def step(self, examination_K: Sequence[float]) -> tuple[list[float], Round]:
         """The new examinations, and what the given ones come to."""
-        num = len(examination_K)
-        names = [f"look_{place}" for place in range(num)]
-        unseen = [f"sum(missed_{k} * (1 - attraction) / (1 - look_{k} * attraction))" for k in range(num)]
-        unclicked = [f"sum(missed_{k} * ln(1 - look_{k} * attraction))" for k in range(num)]
-        successes, failures = (f"{value!r}D" for value in self.prior)
-        at_prior = f"sum({successes} * log_attraction + {failures} * ln(1 - attraction))"
-        totals = [sf.expr(one) for one in (*unseen, *unclicked, "sum(clicked * log_attraction)", at_prior)]
+        names = [f"look_{place}" for place in range(len(examination_K))]
         # as data, not as literals: the code that Spark generates is then that of the first round
         spark = self.pairs.sparkSession
         looks = spark.createDataFrame([tuple(examination_K)], ", ".join(f"{name} double" for name in names))
-        row = _with_attraction(self.pairs.crossJoin(sf.broadcast(looks)), num, self.prior).agg(*totals).collect()[0]
-        likelihood = sum(row[num : 2 * num + 1]) + sum(
+        seen = sf.expr(" + ".join(f"shown_{place} * {name}" for place, name in enumerate(names)))
+        attracted = self.pairs.crossJoin(sf.broadcast(looks)).withColumn("attraction", sf.col("clicked") / seen)
+        totals = [f"sum(shown_{place} * attraction)" for place in range(len(names))]
+        totals.append("sum(clicked * ln(attraction) - clicked)")
+        *due_K, likelihood = (value or 0.0 for value in attracted.agg(*map(sf.expr, totals)).collect()[0])
+        likelihood += sum(
             clicks * log(look) for clicks, look in zip(self.clicks_K, examination_K, strict=True) if clicks
         )
-        found_K = _held(
-            (clicks + look * unseen) / shown
-            for clicks, look, unseen, shown in zip(self.clicks_K, examination_K, row[:num], self.shown_K, strict=True)
-        )
+        # at a place without clicks of such pairs nothing is known beyond where the fit began
+        new_K = [
+            clicks / due if clicks else look
+            for clicks, due, look in zip(self.clicks_K, due_K, examination_K, strict=True)
+        ]
+        found_K = _held(look / new_K[0] for look in new_K)
         change = max(abs(new - old) for new, old in zip(found_K, examination_K, strict=True))
-        return found_K, Round(likelihood, likelihood + row[2 * num + 1], change)
+        return found_K, Round(likelihood, change)
 
 
 def _held(looks: Iterable[float]) -> list[float]:
@@ -216,14 +209,14 @@ def _held(looks: Iterable[float]) -> list[float]:
 def _iterate(fit: _Fit, start_K: Sequence[float], recipe: ClickModelRecipe) -> tuple[list[float], list[Round]]:
     """Rounds until the examinations stand still, two of three plain, the third from a point further along their way.
 
-    Cites: Varadhan and Roland 2008, SQUAREM with steplength S3; the jump is dropped where it lowers the posterior.
+    Cites: Varadhan and Roland 2008, SQUAREM with steplength S3; the jump is dropped where it lowers the likelihood.
     """
     rounds: list[Round] = []
 
     def step(looks_K: Sequence[float], least: float = -inf) -> list[float] | None:
-        """The next examinations; None where the posterior at the given ones is below `least`."""
+        """The next examinations; None where the likelihood of the given ones is below `least`."""
         found_K, one = fit.step(looks_K)
-        if one.log_posterior < least:
+        if one.log_likelihood < least:
             return None
         rounds.append(one)
         return None if one.change < recipe.tolerance or len(rounds) >= recipe.max_rounds else found_K
@@ -237,7 +230,7 @@ def _iterate(fit: _Fit, start_K: Sequence[float], recipe: ClickModelRecipe) -> t
         looks_K = second_K
         if jump_K is not None:
             before = len(rounds)
-            onward_K = step(jump_K, rounds[-1].log_posterior)
+            onward_K = step(jump_K, rounds[-1].log_likelihood)
             if onward_K is None and len(rounds) > before:
                 return jump_K, rounds
             looks_K = onward_K or second_K
@@ -256,34 +249,3 @@ def _jump(from_K: Sequence[float], first_K: Sequence[float], second_K: Sequence[
     return _held(
         exp(at + 2 * far * step + far * far * bent) for at, step, bent in zip(at_K, step_K, bend_K, strict=True)
     )
-
-
-def _with_attraction(pairs: DataFrame, num: int, prior: Prior) -> DataFrame:
-    """Adds each pair's most probable attraction and its logarithm.
-
-    The logarithm x maximises (clicks + a) x + sum_k missed_k log(1 - look_k e^x) + b log(1 - e^x): it is where the
-    falling, concave slope is 0. Halley's steps start at the root of a slope that is nowhere lower, with look_k e^x in
-    place of its odds behind the first place, which is a quadratic equation; four of them leave an error of 1e-13.
-    """
-    clicked, failures = f"(clicked + {prior.successes!r}D)", f"{prior.failures!r}D"
-    missed = "(" + " + ".join(["0D", *(f"missed_{k} * look_{k}" for k in range(1, num))]) + ")"
-    both = f"({clicked} + {failures} + missed_0 + {missed})"
-    start = f"ln(2 * {clicked} / ({both} + sqrt({both} * {both} - 4 * {missed} * {clicked})))"
-    frame = pairs.withColumn("log_attraction", sf.expr(start)).withColumn("attraction", sf.exp("log_attraction"))
-    odds = {f"odds_{k}": f"look_{k} * attraction / (1 - look_{k} * attraction)" for k in range(num)}
-    odds["odds_prior"] = "attraction / (1 - attraction)"
-    weights = [*(f"missed_{k}" for k in range(num)), failures]
-    terms = list(zip(weights, odds, strict=True))
-    slope = f"{clicked} - (" + " + ".join(f"{weight} * {name}" for weight, name in terms) + ")"
-    curve = " + ".join(f"{weight} * {name} * (1 + {name})" for weight, name in terms)
-    bend = " + ".join(f"{weight} * {name} * (1 + {name}) * (1 + 2 * {name})" for weight, name in terms)
-    halley = "log_attraction + 2 * slope * curve / greatest(2 * curve * curve + slope * bend, curve * curve)"
-    for _ in range(_HALLEY_STEPS):
-        frame = (
-            frame.withColumns({name: sf.expr(odd) for name, odd in odds.items()})
-            .withColumns({"slope": sf.expr(slope), "curve": sf.expr(curve), "bend": sf.expr(bend)})
-            .withColumn("log_attraction", sf.expr(halley))
-            .withColumn("attraction", sf.exp("log_attraction"))
-            .drop(*odds, "slope", "curve", "bend")
-        )
-    return frame

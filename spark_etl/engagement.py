@@ -2,25 +2,23 @@
 
 Two ways: clicks over expected clicks (COEC; Zhang and Jones 2007), where an impression at place k is expected to bring
 the data set's mean click rate at k, whatever is shown there; and the rates per look of a position-based click model,
-which tells what good products gain from their places from what places gain from good products. Rates per look are drawn
-to the mean of their class of queries, since broad queries spread their clicks over many products.
+which tells what good products gain from their places from what places gain from good products; see
+`spark_etl.rates` for what a pair with few looks is taken to have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as sf
 
 from spark_etl.click_model import PAIR, ClickModel, bin_of
 from spark_etl.quantiles import with_part
+from spark_etl.rates import QUERY_KEY, with_rates
 from spark_etl.recipes import EngagementRecipe
-from spark_etl.shrinkage import fit_priors, posterior
 from spark_etl.visits import COUNTS
 
-QUERY_KEY = ("dataset", "query_id")
-RATES = {"clicks": "click_rate", "carts": "cart_rate", "purchases": "purchase_rate"}
 _UNKNOWN = 0
 
 
@@ -64,31 +62,10 @@ def build_engagement(counts: DataFrame, models: Iterable[ClickModel], recipe: En
     corrected = (sf.col("clicks") + prior_clicks) / (sf.col("expected_clicks") + prior_clicks)
     try:
         stratified = pairs.join(_strata(pairs, recipe.num_strata), on=list(QUERY_KEY), how="inner")
-        found = with_rates(stratified.withColumn("corrected_rate", corrected), recipe.min_pairs_per_class)
+        found = with_rates(stratified.withColumn("corrected_rate", corrected), recipe)
     finally:
         pairs.unpersist()
     return found.withColumnRenamed("trials", "examinations").drop("squares")
-
-
-def with_rates(pairs: DataFrame, min_pairs: int) -> DataFrame:
-    """Adds mean and interval of the rates per look under the prior of the pair's data set and stratum.
-
-    Args:
-        pairs: dataset, stratum, trials, squares and the columns of RATES.
-        min_pairs: a class with fewer pairs takes the prior of its data set.
-    """
-    found = fit_priors(pairs, list(RATES), ("dataset", "stratum"), min_pairs=min_pairs)
-    rows = [(*key, *(value for name in RATES for value in priors[name])) for key, priors in found.items()]
-    names = [f"{name}_{end}" for name in RATES for end in ("hits", "misses")]
-    schema = ", ".join(["dataset string", "stratum int", *(f"{name} double" for name in names)])
-    priors = pairs.sparkSession.createDataFrame(rows, schema)
-    joined = pairs.join(sf.broadcast(priors), on=["dataset", "stratum"], how="left")
-    columns: dict[str, Column] = {}
-    for name, rate in RATES.items():
-        prior = (sf.col(f"{name}_hits"), sf.col(f"{name}_misses"))
-        mean, low, high = posterior(sf.col(name).cast("double"), sf.col("trials"), prior)
-        columns |= {rate: mean, f"{rate}_low": low, f"{rate}_high": high}
-    return joined.withColumns(columns).drop(*names)
 
 
 def _looks(counts: DataFrame, models: Iterable[ClickModel]) -> DataFrame:

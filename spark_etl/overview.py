@@ -12,8 +12,8 @@ from pyspark.sql import functions as sf
 
 from lake.schemas import Grade
 from spark_etl.audit import GRADES, PAIR
-from spark_etl.engagement import QUERY_KEY, RATES
 from spark_etl.quantiles import ACCURACY, as_data
+from spark_etl.rates import QUERY_KEY, RATES
 from spark_etl.recipes import AuditRecipe
 
 _Z_95 = 1.959963984540054

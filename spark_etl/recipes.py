@@ -259,13 +259,20 @@ class EngagementRecipe:
     """How behaviour is corrected for position."""
 
     prior_clicks: Annotated[
-        float, meaning("clicks added to the clicks and the expected clicks; pulls rare pairs to 1", "clicks", gt=0)
+        float,
+        meaning("clicks added to clicks and expected clicks; pulls what is rare to what is expected", "clicks", gt=0),
     ] = 1.0
     click_model: ClickModelRecipe = ClickModelRecipe()
     num_strata: Annotated[int, meaning("classes of queries by breadth, as many queries in each", ge=1)] = 3
-    min_pairs_per_class: Annotated[
-        int, meaning("a class with fewer pairs takes the prior of its data set", "pairs", ge=1)
-    ] = 200
+    min_queries_per_class: Annotated[
+        int, meaning("queries of a class with fewer have the prior of its data set", "queries", ge=1)
+    ] = 30
+    num_exposures: Annotated[
+        int,
+        meaning(
+            "parts, as many pairs in each, by the share that a pair has of its query's looks; 1: not told apart", ge=1
+        ),
+    ] = 10
     quality: QualityRecipe = QualityRecipe()
 
 
@@ -285,13 +292,13 @@ class AuditRecipe:
     ] = 0.2
     min_wrong_probability: Annotated[
         float, meaning("a grade more probably wrong is doubtful, whatever rule it meets", "0..1", gt=0, le=1)
-    ] = 0.2
+    ] = 0.1
     error_rate: Annotated[
         float, meaning("share of pairs whose raters are wrong by what they have in common", "0..1", gt=0, lt=1)
     ] = 0.05
     mark_error_rate: Annotated[
         float, meaning("share of single marks that are wrong beside it", "0..1", gt=0, lt=0.6)
-    ] = 0.1
+    ] = 0.05
     look_levels: Annotated[
         tuple[float, ...], meaning("looks from which a click rate counts as better known", "looks", min_length=1)
     ] = (0.001, 3.0, 8.0, 20.0, 60.0)

@@ -80,6 +80,22 @@ def prior_of(mean: float, variance: float) -> Prior:
     return Prior(mean * strength, (1 - mean) * strength)
 
 
+def strength_around(mean: Column, successes: Column) -> Column:
+    """Aggregate: looks that a Beta prior is worth which has a mean of its own for every pair; as `fit_priors` finds it.
+
+    Variances of rates are taken as m (1 - m) / (strength + 1), with the same strength for all means m.
+
+    Args:
+        mean: of a pair; beside it columns `trials` and `squares`.
+    """
+    trials, squares = sf.col("trials"), sf.col("squares")
+    off = successes - mean * trials
+    variance = sf.sum(off * off - mean * trials + mean * mean * squares)
+    at_most = sf.sum(mean * (1 - mean) * (trials * trials - squares))
+    least, most = map(sf.lit, _STRENGTHS)
+    return sf.when(variance > 0, sf.least(sf.greatest(at_most / variance - 1, least), most)).otherwise(most)
+
+
 def posterior(successes: Column, trials: Column, prior: tuple[Column, Column]) -> tuple[Column, Column, Column]:
     """Mean of the rate after what was seen, and the ends of its 95 % interval.
 

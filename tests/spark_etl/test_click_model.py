@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from pyspark.sql import functions as sf
+from scipy.optimize import minimize
 from scipy.stats import beta
 
 from spark_etl.click_model import bin_of, fit_click_models
@@ -33,37 +34,59 @@ def as_frame(spark, shown, clicks, dataset="d"):
     return spark.createDataFrame(rows, SCHEMA)
 
 
-def plain_em(shown, clicks, prior, num_rounds):
-    """Textbook rounds with attraction found by bisection; the looks at the first place stay 1."""
-    missed, clicked = shown - clicks, clicks.sum(1)
-    looks = clicks.sum(0) / shown.sum(0)
-    looks = np.minimum(looks / looks[0], 1)
-    for _ in range(num_rounds):
-        low, high = np.full(len(shown), 1e-12), np.full(len(shown), 1 - 1e-12)
-        for _ in range(60):
-            middle = (low + high) / 2
-            slope = (
-                (clicked + prior.successes) / middle
-                - (missed * looks / (1 - looks * middle[:, None])).sum(1)
-                - prior.failures / (1 - middle)
-            )
-            low, high = np.where(slope > 0, middle, low), np.where(slope > 0, high, middle)
-        found = ((low + high) / 2)[:, None]
-        unseen = (missed * (1 - found) / (1 - looks * found)).sum(0)
-        looks = (clicks.sum(0) + looks * unseen) / shown.sum(0)
-    return looks
+def by_likelihood(shown, clicks):
+    """Where the clicks of each pair, given how many they are, fall as they do with the greatest chance."""
+    several = (clicks.sum(1) > 0) & ((shown > 0).sum(1) > 1)
+    shown, clicks = shown[several], clicks[several]
+
+    def loss_and_slope(free):
+        looks = np.exp(np.concatenate([[0.0], free]))
+        due = shown * looks
+        total = due.sum(1, keepdims=True)
+        chance = np.where(shown > 0, np.log(np.maximum(due, 1e-300) / total), 0.0)
+        slope = (clicks.sum(1, keepdims=True) * due / total - clicks).sum(0)[1:]
+        return -(clicks * chance).sum(), slope
+
+    found = minimize(loss_and_slope, np.zeros(shown.shape[1] - 1), jac=True, method="BFGS", options={"gtol": 1e-7})
+    return np.exp(np.concatenate([[0.0], found.x]))
 
 
-def test_the_fit_comes_to_where_plain_rounds_go_and_near_the_truth(spark):
+def test_the_fit_is_the_likeliest_and_near_the_truth(spark):
     _, shown, clicks = shop(0)
     model = fit_click_models(as_frame(spark, shown, clicks), ClickModelRecipe(tolerance=1e-7))[0]
     assert model.converged
     assert model.first_position_K == (1, 2, 3, 4, 5, 6)
-    assert model.examination_K == pytest.approx(plain_em(shown, clicks, model.prior, 400), abs=1e-4)
+    assert model.examination_K == pytest.approx(by_likelihood(shown, clicks), abs=1e-4)
     assert model.examination_K == pytest.approx(LOOKS, rel=0.1)
-    told = [one.log_posterior for one in model.rounds]
+    told = [one.log_likelihood for one in model.rounds]
     assert all(later >= earlier - 1e-6 for earlier, later in pairwise(told))
     assert len(told) < 30
+
+
+def test_a_shop_that_puts_its_best_first_hardly_bends_the_fit(spark):
+    """The clicks at a place, over those at the first, tell of the products there as much as of the looks."""
+    rng = np.random.default_rng(4)
+    attraction = np.sort(rng.beta(2.0, 4.0, (2000, 6)))[:, ::-1]
+    usual = np.tile(np.arange(6), (2000, 1))
+    usual[:, 3:5] = np.where(rng.random((2000, 1)) < 0.5, usual[:, 3:5], usual[:, [4, 3]])
+    shown, clicks = np.zeros((12_000, 6), int), np.zeros((12_000, 6), int)
+    pair = np.arange(12_000).reshape(2000, 6)
+    for _ in range(60):
+        place = np.argsort(usual + rng.gumbel(0, 0.5, usual.shape)).argsort()
+        shown[pair, place] += 1
+        clicks[pair, place] += rng.random(place.shape) < attraction * LOOKS[place]
+    raw = clicks.sum(0) / shown.sum(0)
+    model = fit_click_models(as_frame(spark, shown, clicks), ClickModelRecipe())[0]
+    assert np.abs(raw / raw[0] / LOOKS - 1).max() > 0.4
+    assert model.examination_K == pytest.approx(LOOKS, rel=0.06)
+
+
+def test_places_that_no_product_shares_keep_the_rates_of_their_clicks(spark):
+    shown = np.array([[100, 0, 0], [0, 100, 100], [0, 100, 50]])
+    clicks = np.array([[60, 0, 0], [0, 30, 0], [0, 24, 0]])
+    model = fit_click_models(as_frame(spark, shown, clicks), ClickModelRecipe())[0]
+    assert model.examination_K[:2] == pytest.approx((1.0, 0.27 / 0.6))
+    assert model.examination_K[2] < 1e-5
 
 
 def test_data_sets_are_fitted_apart_and_one_with_too_few_clicks_is_not(spark):
