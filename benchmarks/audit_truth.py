@@ -6,9 +6,9 @@ Each shop is simulated, ingested and audited by the jobs of the same names, over
 in 5, 10 and 20 % of the judged pairs. Its ranker is as sticky and as wrong as those of shops: a product's place hardly
 changes from session to session, and partly for reasons that have nothing to do with relevance; it puts an exact product
 before an irrelevant one in 76 of 100 cases, a pretrained encoder in 82 on Home Depot and 71 on ESCI. Shoppers look at
-place k in one of k sessions, as is usual in studies of it (Joachims et al. 2017) and as retrotech's sessions have it. The
-labeller is a small network over the pretrained encoder's vectors, tuned on four fifths of the queries for the fifth that
-it grades.
+place k in one of k sessions, as is usual in studies of it (Joachims et al. 2017) and as retrotech's sessions have it.
+The labeller is a small network over the pretrained encoder's vectors, tuned on four fifths of the queries for the fifth
+that it grades.
 
 Five seeds, --quick one and two shares. `errors_found_vs_random`: planted errors among the first 5 % of pairs by the
 audit's priority, over those of a random 5 %, the least of all shops with 5 or 10 % planted.
