@@ -131,7 +131,9 @@ def test_a_broken_delivery_is_stopped_before_any_table_and_the_next_good_one_com
     assert {row["published"] for row in json.loads(capsys.readouterr().out)} == {True}
 
 
+@pytest.mark.slow
 def test_every_table_of_the_four_jobs_is_measured_before_it_is_written(lake):
+    """Five jobs: a minute."""
     deliver(lake)
     for name, specs in WRITTEN.items():
         if name == "build_engagement":

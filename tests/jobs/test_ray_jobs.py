@@ -169,13 +169,7 @@ def test_a_published_encoder_holds_its_share_of_the_pretrained_one(chain):
     assert 1e-6 < moved < 2e-4
 
 
-def test_an_encoder_may_be_mixed_with_another_trained_one(chain, tmp_path):
-    lake, records = chain
-    pretrained, trained = (lake.path(records["stage1"].outputs[name]) for name in ("pretrained", "encoder"))
-    far, card = load_encoder(trained)[0], read_card(trained)
-    for parameter in far.parameters():
-        parameter.data += 0.1
-    save_encoder(far, tmp_path / "far", {"text": card["text"], "encoder": card["encoder"]})
+def mixing(lake, mixed_with):
     recipe = train_encoder.EncoderTrainingRecipe(
         encoder=EncoderRecipe(model=str(Path(lake.root).parent / "bert")),
         text=TextRecipe(clauses=("{title}",)),
@@ -188,12 +182,22 @@ def test_an_encoder_may_be_mixed_with_another_trained_one(chain, tmp_path):
             publish_best=False,
         ),
     )
-    config = train_encoder.Config(
+    return train_encoder.Config(
         lake=lake.root,
-        inputs=train_encoder.Inputs(mixed_with=str(tmp_path / "far")),
+        inputs=train_encoder.Inputs(mixed_with=mixed_with),
         recipe=recipe,
         placement=train_encoder.Placement(ray=RAY, threads_per_worker=1),
     )
+
+
+def test_an_encoder_may_be_mixed_with_another_trained_one(chain, tmp_path):
+    lake, records = chain
+    pretrained, trained = (lake.path(records["stage1"].outputs[name]) for name in ("pretrained", "encoder"))
+    far, card = load_encoder(trained)[0], read_card(trained)
+    for parameter in far.parameters():
+        parameter.data += 0.1
+    save_encoder(far, tmp_path / "far", {"text": card["text"], "encoder": card["encoder"]})
+    config = mixing(lake, str(tmp_path / "far"))
     mixed = train_encoder.run(config).outputs["encoder"]
     own, before = (load_encoder(folder)[0].state_dict() for folder in (lake.path(mixed), pretrained))
     others = {name: value for name, value in far.state_dict().items() if name in before and value.is_floating_point()}
@@ -203,18 +207,24 @@ def test_an_encoder_may_be_mixed_with_another_trained_one(chain, tmp_path):
         assert torch.allclose(own[name], 0.25 * before[name] + 0.75 * value, atol=1e-5)
         assert not torch.allclose(own[name], value, atol=1e-3)
 
-    # a card holds the lengths that were fitted, not the percentile
-    cut = dataclasses.replace(recipe, encoder=dataclasses.replace(recipe.encoder, length_percentile=90.0))
-    first = train_encoder.run(dataclasses.replace(config, inputs=train_encoder.Inputs(), recipe=cut))
-    own_kind = train_encoder.Inputs(mixed_with=first.outputs["encoder"])
-    assert train_encoder.run(dataclasses.replace(config, inputs=own_kind, recipe=cut)).outputs["encoder"]
-
-    other_text = dataclasses.replace(config, recipe=dataclasses.replace(recipe, text=TextRecipe()))
+    other_text = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, text=TextRecipe()))
     with pytest.raises(ConfigError, match="same settings and texts"):
         train_encoder.run(other_text)
     nowhere = dataclasses.replace(config, inputs=train_encoder.Inputs(mixed_with="nowhere"))
     with pytest.raises(ConfigError, match=r"inputs\.mixed_with='nowhere'"):
         train_encoder.run(nowhere)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_encoder_of_fitted_lengths_may_be_mixed_with_one_of_its_kind(chain):
+    """Two trainings: a minute. A card holds the lengths that were fitted, not the percentile."""
+    config = mixing(chain[0], "")
+    encoder = dataclasses.replace(config.recipe.encoder, length_percentile=90.0)
+    cut = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, encoder=encoder))
+    first = train_encoder.run(cut)
+    own_kind = train_encoder.Inputs(mixed_with=first.outputs["encoder"])
+    assert train_encoder.run(dataclasses.replace(cut, inputs=own_kind)).outputs["encoder"]
 
 
 def test_pairs_of_left_out_sources_stay_known_as_graded():
@@ -379,7 +389,10 @@ def test_mined_negatives_that_no_loss_reads_are_refused():
         train_encoder.EncoderTrainingRecipe(filtered_negatives=train_encoder.FilteredNegatives(per_query=1))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_recipes_are_trained_at_one_budget_and_held_against_the_reference(chain):
+    """Three trainings and two comparisons: three minutes."""
     lake, _ = chain
     config = compare_recipes.Config(
         lake=lake.root,

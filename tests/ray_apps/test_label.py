@@ -178,8 +178,10 @@ def test_auto_takes_the_engine_where_its_start_pays():
     assert [placement.engine_for(number) for number in (99, 100)] == ["torch", "vllm"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_engine_that_keeps_dying_ends_in_one_sentence(tmp_path, monkeypatch):
+    """An engine that starts and dies: a minute and a half."""
     folder = labeller_folder(tmp_path, "classifier", width=32)  # heads of 16
     pairs = pa.table({"address": ["a"], "query": ["red shoe"], "title": ["shoe"]})
     placement = LabelPlacement(ray=RAY, max_engine_restarts=0)

@@ -110,7 +110,9 @@ def test_two_workers_learn_what_one_learns(ray_cluster, tmp_path):
     assert not (tmp_path / "runs" / "one").exists()
 
 
+@pytest.mark.slow
 def test_weights_spread_over_two_workers_are_published_whole_and_without_adapters(ray_cluster, tmp_path):
+    """Two trainings, one of two workers: a minute and a half."""
     bert = tiny_bert_folder(tmp_path / "bert", dropout=0.0)
     recipe = dataclasses.replace(RECIPE, max_steps=8, learning_rate=1e-3, lora_rank=4, publish_best=False)
     one = run_training(tmp_path, make_task(bert, "one", recipe))
