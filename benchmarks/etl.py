@@ -209,14 +209,13 @@ COPY (
       last_value(CASE WHEN kind IN ('impression', 'click') THEN struct_pack(q := query_id, p := position) END
         IGNORE NULLS) OVER (PARTITION BY event_day, session_id, product_id ORDER BY seconds, event_id
         ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW) AS look,
-      list(DISTINCT CASE WHEN kind = 'impression' THEN query_id END)
-        OVER (PARTITION BY event_day, session_id, product_id) AS shown
+      bool_or(kind = 'impression') OVER (PARTITION BY event_day, session_id, product_id, query_id) AS is_shown
     FROM new
   ), kept AS (
     SELECT event_day, coalesce(told, look.q) AS query_id, product_id, coalesce(told_position, look.p) AS position, kind
     FROM traced
     WHERE coalesce(told, look.q) IS NOT NULL AND coalesce(told_position, look.p) IS NOT NULL
-      AND (kind <> 'click' OR list_contains(shown, told) OR seconds % 86400 < 1800)
+      AND (kind <> 'click' OR is_shown OR seconds % 86400 < 1800)
   )
   SELECT event_day, query_id, product_id, position, count(*) FILTER (kind = 'impression') AS impressions,
     count(*) FILTER (kind = 'click') AS clicks, count(*) FILTER (kind = 'cart') AS carts,

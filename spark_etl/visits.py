@@ -17,6 +17,8 @@ from spark_etl.recipes import VisitRecipe
 NEW_QUERY = "log:"
 """First part of the ids of queries that only the log knows."""
 _DAY = ("dataset", "event_day")
+_VISIT = ("visitor", "session_id", "product_id")
+"""What happened to a product in a visit, beside the day."""
 _MINUTE = 60
 COUNTS = {"impression": "impressions", "click": "clicks", "cart": "carts", "purchase": "purchases"}
 """Kind of event -> its column in counts."""
@@ -62,9 +64,14 @@ def _with_query(events: DataFrame, queries: DataFrame) -> DataFrame:
     ).drop("told_id", "text_id")
 
 
-def _live(*key: str) -> WindowSpec:
-    """Rows that nothing was found against so far, by the day and what else is named."""
-    return Window.partitionBy(*_DAY, *key, sf.col("reason").isNull())
+def _with_live(frame: DataFrame, *key: str) -> tuple[DataFrame, WindowSpec]:
+    """Rows that nothing was found against so far, by the day and what else is named, as a window over the frame.
+
+    Its parts are columns of the frame, for Spark sorts once for windows whose columns are the same ones. The first is a
+    hash, which tells most rows apart by the eight bytes that sorting compares first.
+    """
+    columns = {"place": sf.xxhash64(*_DAY, *key), "is_live": sf.col("reason").isNull()}
+    return frame.withColumns(columns), Window.partitionBy("place", *_DAY, *key, "is_live")
 
 
 def _add_reason(frame: DataFrame, *rules: tuple[Column, Column | str]) -> DataFrame:
@@ -78,13 +85,13 @@ def _with_visits(frame: DataFrame, recipe: VisitRecipe) -> DataFrame:
     """
     seconds = sf.unix_micros("event_time") / 1_000_000
     visitor = sf.coalesce("visitor_id", "session_id")
-    day = _live("visitor")
+    # moved by less than the windows' keys, which serves them all: they differ in what reasons were found before
+    moved = frame.withColumns({"visitor": visitor, "seconds": seconds}).repartition(*_DAY, "visitor")
+    placed, day = _with_live(moved, "visitor")
     in_time = day.orderBy("seconds", "event_id")
     minute = day.orderBy("seconds").rangeBetween(-_MINUTE, 0)
     is_click = (sf.col("kind") == "click").cast("int")
     pause = sf.col("seconds") - sf.lag("seconds").over(in_time)
-    # moved by less than the windows' keys, which serves them all: they differ in what reasons were found before
-    placed = frame.withColumns({"visitor": visitor, "seconds": seconds}).repartition(*_DAY, "visitor")
     measured = placed.withColumns(
         {
             "is_new": sf.coalesce((pause > recipe.inactivity_min * _MINUTE).cast("int"), sf.lit(1)),
@@ -124,12 +131,13 @@ def _is_bot_agent(recipe: VisitRecipe) -> Column:
 def _refuse_same_again(frame: DataFrame, recipe: VisitRecipe) -> DataFrame:
     """The same visit, pair, kind and place within `repeat_sec` is the same event: the first one counts."""
     same = ("kind", "query_id", "position")
-    order = _live("visitor", "session_id", "product_id").orderBy(*same, "seconds", "event_id")
+    placed, visit = _with_live(frame, *_VISIT)
+    order = visit.orderBy(*same, "seconds", "event_id")
     is_same = sf.lit(True)
     for name in same:
         is_same = is_same & sf.col(name).eqNullSafe(sf.lag(name).over(order))
     is_soon = sf.col("seconds") - sf.lag("seconds").over(order) <= recipe.repeat_sec
-    flagged = frame.withColumn("is_again", sf.coalesce(is_same & is_soon, sf.lit(False)))
+    flagged = placed.withColumn("is_again", sf.coalesce(is_same & is_soon, sf.lit(False)))
     return _add_reason(flagged, (sf.col("is_again"), REPEATED)).drop("is_again")
 
 
@@ -139,12 +147,12 @@ def _trace(frame: DataFrame, recipe: VisitRecipe) -> DataFrame:
     Refuses those that have none, and clicks on what the log does not show in the visit. The first minutes of a day are
     free of this rule, since their lists may have been shown before midnight.
     """
-    visit = _live("visitor", "session_id", "product_id")
+    placed, visit = _with_live(frame, *_VISIT)
     before = visit.orderBy("seconds", "event_id").rowsBetween(Window.unboundedPreceding, 0)
     is_later = sf.col("kind").isin(*AFTER_SEARCH)
     place = sf.when(~is_later, sf.struct("query_id", "position"))
     shown = sf.collect_set(sf.when(sf.col("kind") == "impression", sf.col("query_id"))).over(visit)
-    told = frame.withColumns({"last_look": sf.last(place, ignorenulls=True).over(before), "shown": shown})
+    told = placed.withColumns({"last_look": sf.last(place, ignorenulls=True).over(before), "shown": shown})
     traced = told.withColumns(
         {
             "query_id": sf.coalesce("query_id", "last_look.query_id"),
@@ -158,7 +166,7 @@ def _trace(frame: DataFrame, recipe: VisitRecipe) -> DataFrame:
         (sf.col("query_id").isNull(), "no query is told, and the visit did not look at the product before"),
         (sf.col("position").isNull(), "no position is told, and the visit did not look at the product before"),
         *(() if recipe.keep_unseen else ((is_unseen, "a click on a pair that the log does not show in the visit"),)),
-    ).drop("last_look", "shown", "seconds", "visitor")
+    ).drop("last_look", "shown", "seconds", "visitor", "place", "is_live")
 
 
 def count_places(events: DataFrame) -> DataFrame:
