@@ -161,6 +161,11 @@ def _fit(
     try:
         of_several = pairs.agg(*(sf.sum(f"clicks_{place}") for place in range(len(first_K)))).collect()[0]
         fit = _Fit(pairs, [clicks or 0 for clicks in of_several])
+        if not any(fit.clicks_K):
+            logger.warning(
+                "click model of %s: no clicked product was at several places; clicks per impression stand for looks",
+                dataset,
+            )
         examination_K, rounds = _iterate(fit, examination_K, recipe)
     finally:
         pairs.unpersist()

@@ -81,12 +81,16 @@ def test_a_shop_that_puts_its_best_first_hardly_bends_the_fit(spark):
     assert model.examination_K == pytest.approx(LOOKS, rel=0.06)
 
 
-def test_places_that_no_product_shares_keep_the_rates_of_their_clicks(spark):
+def test_places_that_no_product_shares_keep_the_rates_of_their_clicks(spark, caplog):
     shown = np.array([[100, 0, 0], [0, 100, 100], [0, 100, 50]])
     clicks = np.array([[60, 0, 0], [0, 30, 0], [0, 24, 0]])
     model = fit_click_models(as_frame(spark, shown, clicks), ClickModelRecipe())[0]
     assert model.examination_K[:2] == pytest.approx((1.0, 0.27 / 0.6))
     assert model.examination_K[2] < 1e-5
+    assert "no clicked product" not in caplog.text
+    apart = fit_click_models(as_frame(spark, np.diag([100, 100, 100]), np.diag([60, 30, 12])), ClickModelRecipe())[0]
+    assert apart.examination_K == pytest.approx((1.0, 0.5, 0.2))
+    assert "no clicked product was at several places" in caplog.text
 
 
 def test_data_sets_are_fitted_apart_and_one_with_too_few_clicks_is_not(spark):
