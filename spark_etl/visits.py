@@ -71,7 +71,11 @@ def _with_live(frame: DataFrame, *key: str) -> tuple[DataFrame, WindowSpec]:
     hash, which tells most rows apart by the eight bytes that sorting compares first.
     """
     columns = {"place": sf.xxhash64(*_DAY, *key), "is_live": sf.col("reason").isNull()}
-    return frame.withColumns(columns), Window.partitionBy("place", *_DAY, *key, "is_live")
+    return frame.withColumns(columns), Window.partitionBy(*_live_key(*key))
+
+
+def _live_key(*key: str) -> tuple[str, ...]:
+    return "place", *_DAY, *key, "is_live"
 
 
 def _add_reason(frame: DataFrame, *rules: tuple[Column, Column | str]) -> DataFrame:
@@ -89,19 +93,23 @@ def _with_visits(frame: DataFrame, recipe: VisitRecipe) -> DataFrame:
     moved = frame.withColumns({"visitor": visitor, "seconds": seconds}).repartition(*_DAY, "visitor")
     placed, day = _with_live(moved, "visitor")
     in_time = day.orderBy("seconds", "event_id")
-    minute = day.orderBy("seconds").rangeBetween(-_MINUTE, 0)
-    is_click = (sf.col("kind") == "click").cast("int")
     pause = sf.col("seconds") - sf.lag("seconds").over(in_time)
-    measured = placed.withColumns(
+    # one click more than allowed, first to last; counting the minute before each row is a bot's clicks times its rows
+    first_of_many = sf.expr(
+        f"lag(clicked_at, {recipe.max_clicks_per_min}) IGNORE NULLS OVER "
+        f"(PARTITION BY {', '.join(_live_key('visitor'))} ORDER BY seconds, event_id)"
+    )
+    clicked = placed.withColumn("clicked_at", sf.when(sf.col("kind") == "click", sf.col("seconds")))
+    measured = clicked.withColumns(
         {
             "is_new": sf.coalesce((pause > recipe.inactivity_min * _MINUTE).cast("int"), sf.lit(1)),
-            "clicks_in_minute": sf.sum(is_click).over(minute),
+            "is_fast": sf.coalesce(sf.col("clicked_at") - first_of_many <= _MINUTE, sf.lit(False)),
         }
     )
     numbered = measured.withColumns(
         {
             "visit": sf.sum("is_new").over(in_time.rowsBetween(Window.unboundedPreceding, 0)),
-            "most_clicks": sf.max("clicks_in_minute").over(day),
+            "is_fast": sf.max("is_fast").over(day),
             "num_events": sf.count("*").over(day),
             "is_agent": sf.max(_is_bot_agent(recipe)).over(day),
         }
@@ -115,11 +123,11 @@ def _with_visits(frame: DataFrame, recipe: VisitRecipe) -> DataFrame:
             f"the visitor has more than {recipe.max_events_per_day} events that day: a bot",
         ),
         (
-            sf.col("most_clicks") > recipe.max_clicks_per_min,
+            sf.col("is_fast"),
             f"the visitor has more than {recipe.max_clicks_per_min} clicks in a minute: a bot",
         ),
     )
-    return judged.drop("is_new", "clicks_in_minute", "visit", "most_clicks", "num_events", "is_agent")
+    return judged.drop("is_new", "clicked_at", "visit", "is_fast", "num_events", "is_agent")
 
 
 def _is_bot_agent(recipe: VisitRecipe) -> Column:
