@@ -29,7 +29,7 @@ demo: install  ## run the whole loop on a generated marketplace
 notebook: install  ## run a notebook and write it as HTML: NAME=audit_overview LAKE=.assay/demo [QUERY="red shoes"]
 	@$(BIN)/python notebooks/render.py $(NAME) lake='$(LAKE)' query='$(QUERY)'
 
-test: install  ## run the tests (under 35 minutes on 2 cores)
+test: install  ## run the tests (under 40 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
 test-slow: install  ## run the tests that are marked slow
