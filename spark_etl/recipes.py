@@ -298,7 +298,7 @@ class AuditRecipe:
     ] = 0.05
     mark_error_rate: Annotated[
         float, meaning("share of single marks that are wrong beside it", "0..1", gt=0, lt=0.6)
-    ] = 0.05
+    ] = 0.02
     look_levels: Annotated[
         tuple[float, ...], meaning("looks from which a click rate counts as better known", "looks", min_length=1)
     ] = (0.001, 3.0, 8.0, 20.0, 60.0)
