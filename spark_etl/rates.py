@@ -2,9 +2,9 @@
 
 Empirical Bayes in three steps, each fitted to all pairs of a data set. A query's rate is that of its class of queries
 and of all its pairs but the one at hand, whose own events are so counted once. How large a share of its query's looks a
-pair got is what the shop's own ranker thinks of it: each tenth of the pairs by that share has more or fewer successes
+pair got is what the shop's own ranker thinks of it: each part of the pairs by that share has more or fewer successes
 than their queries let expect. Around the product of the two the rates of pairs vary by a Beta distribution, worth as
-many looks as their spread in the class says (Efron and Morris 1973; Morris 1983).
+many looks as their spread in the data set says (Efron and Morris 1973; Morris 1983).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _with_expected(pairs: DataFrame, recipe: EngagementRecipe) -> DataFrame:
     queries = pairs.groupBy(*QUERY_KEY, "stratum").agg(
         *(sf.sum(name).alias(name) for name in (*RATES, "trials", "squares"))
     )
-    priors = fit_priors(queries, list(RATES), CLASS, min_pairs=recipe.min_queries_per_class)
+    priors = fit_priors(queries, list(RATES), CLASS, min_rows=recipe.min_queries_per_class)
     rows = [(*key, *(end for name in RATES for end in found[name])) for key, found in priors.items()]
     ends = [f"{name}_{end}" for name in RATES for end in ("hits", "misses")]
     schema = ", ".join(["dataset string", "stratum int", *(f"{end} double" for end in ends)])

@@ -1,6 +1,6 @@
-"""Rates of rare events, drawn to the mean of their class: empirical Bayes with a Beta prior fitted by moments.
+"""Rates of rare events, drawn to what is expected of them: empirical Bayes with a Beta prior fitted by moments.
 
-A pair's successes are those of `trials` looks, each with the pair's own rate; rates of a class vary by a Beta
+The successes of a pair, or of a query, are those of `trials` looks, each with its own rate; rates vary by a Beta
 distribution. Impressions at places that shoppers look at less count as part of a look: trials need not be whole.
 """
 
@@ -19,7 +19,7 @@ _STRENGTHS = (0.5, 1e5)
 """Looks that a prior may be worth: where rates hardly differ moments give any number, or none."""
 _Z = 1.959964
 """Of a 95 % interval."""
-_PAIRS, _TRIALS = 0, 1
+_ROWS, _TRIALS = 0, 1
 """Places among a class' sums."""
 
 
@@ -31,7 +31,7 @@ class Prior(NamedTuple):
 
 
 def fit_priors(
-    pairs: DataFrame, successes: Sequence[str], by: Sequence[str] = (), *, min_pairs: int = 1
+    rates: DataFrame, successes: Sequence[str], by: Sequence[str], *, min_rows: int = 1
 ) -> dict[tuple[Any, ...], dict[str, Prior]]:
     """The prior of each class and kind of success, by the class' values of `by`.
 
@@ -40,20 +40,20 @@ def fit_priors(
     mean m.
 
     Args:
-        pairs: `by` and, one row per pair, `trials`, `squares` and the columns of successes.
-        min_pairs: a class with fewer pairs, or without a look, takes the prior of all classes that share its values but
+        rates: `by` and, one row for each rate, `trials`, `squares` and the columns of successes.
+        min_rows: a class with fewer rates, or without a look, takes the prior of all classes that share its values but
             the last; it is left out where they have no look either.
     """
     trials = sf.col("trials")
     of_each = [total for name in map(sf.col, successes) for total in (name, name * name, name * trials)]
     totals = [sf.lit(1), trials, sf.col("squares"), trials * trials, *of_each]
     sums = [sf.sum(total).cast("double").alias(f"sum_{place}") for place, total in enumerate(totals)]
-    rows = pairs.groupBy(*by).agg(*sums).collect()
+    rows = rates.groupBy(*by).agg(*sums).collect()
     known = {tuple(row[: len(by)]): np.array(row[len(by) :], dtype=float) for row in rows if row[len(by)]}
     pooled: dict[tuple[Any, ...], NDArray[np.float64]] = defaultdict(lambda: np.zeros(len(sums)))
     for key, own in known.items():
         pooled[key[:-1]] += own
-    chosen = {key: own if own[_PAIRS] >= min_pairs and own[_TRIALS] else pooled[key[:-1]] for key, own in known.items()}
+    chosen = {key: own if own[_ROWS] >= min_rows and own[_TRIALS] else pooled[key[:-1]] for key, own in known.items()}
     return {key: _priors(found, successes) for key, found in chosen.items() if found[_TRIALS]}
 
 

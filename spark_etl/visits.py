@@ -70,12 +70,12 @@ def _with_live(frame: DataFrame, *key: str) -> tuple[DataFrame, WindowSpec]:
     Its parts are columns of the frame, for Spark sorts once for windows whose columns are the same ones. The first is a
     hash, which tells most rows apart by the eight bytes that sorting compares first.
     """
-    columns = {"place": sf.xxhash64(*_DAY, *key), "is_live": sf.col("reason").isNull()}
+    columns = {"hashed": sf.xxhash64(*_DAY, *key), "is_live": sf.col("reason").isNull()}
     return frame.withColumns(columns), Window.partitionBy(*_live_key(*key))
 
 
 def _live_key(*key: str) -> tuple[str, ...]:
-    return "place", *_DAY, *key, "is_live"
+    return "hashed", *_DAY, *key, "is_live"
 
 
 def _add_reason(frame: DataFrame, *rules: tuple[Column, Column | str]) -> DataFrame:
@@ -174,7 +174,7 @@ def _trace(frame: DataFrame, recipe: VisitRecipe) -> DataFrame:
         (sf.col("query_id").isNull(), "no query is told, and the visit did not look at the product before"),
         (sf.col("position").isNull(), "no position is told, and the visit did not look at the product before"),
         *(() if recipe.keep_unseen else ((is_unseen, "a click on a pair that the log does not show in the visit"),)),
-    ).drop("last_look", "shown", "seconds", "visitor", "place", "is_live")
+    ).drop("last_look", "shown", "seconds", "visitor", "hashed", "is_live")
 
 
 def count_places(events: DataFrame) -> DataFrame:
