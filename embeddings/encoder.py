@@ -233,13 +233,16 @@ def token_batches(
         start += size
 
 
-def tokenize(model: SentenceTransformer, texts: Sequence[str], side: Side) -> dict[str, Any]:
-    """Padded token tensors on the model's device, with the side's prefix and token limit."""
+def tokenize(
+    model: SentenceTransformer, texts: Sequence[str], side: Side, *, device: str | torch.device | None = None
+) -> dict[str, Any]:
+    """Padded token tensors on the model's device or another, with the side's prefix and token limit."""
     # encode_document of sentence-transformers looks for these prompts, in this order
     names = ("query",) if side == "query" else ("document", "passage", "corpus")
     prompt = next((model.prompts[name] for name in names if name in model.prompts), None)
     features = model.preprocess(list(texts), prompt=prompt, task=side)
-    return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in features.items()}
+    place = device or model.device
+    return {name: value.to(place) if isinstance(value, Tensor) else value for name, value in features.items()}
 
 
 def forward(model: SentenceTransformer, features: Mapping[str, Any], side: Side) -> Tensor:

@@ -41,7 +41,7 @@ from lake.schemas import Grade
 FIRST_TOKEN_FAMILY = ("bert", "roberta", "xlm-roberta", "electra")
 """Model types whose sequence classifiers read the first token, and call their parts alike."""
 
-MAX_BATCH_TOKENS = 4096
+MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Tokens of a batch when only probabilities are wanted, padding included; what all begin with counts once."""
 
 
@@ -138,7 +138,8 @@ def plain_probabilities(
     probability_N3 = np.empty((len(pairs), len(Grade)), dtype=np.float32)
     training, place = model.training, next(model.parameters()).device.type
     shared = model.shared_length(pairs)
-    room = max(MAX_BATCH_TOKENS - shared, MAX_BATCH_TOKENS // 2)
+    most = MAX_BATCH_TOKENS.get(place, MAX_BATCH_TOKENS["cpu"])
+    room = max(most - shared, most // 2)
     model.eval()
     start = 0
     with torch.inference_mode(), torch.autocast(place, torch.bfloat16, enabled=bf16):

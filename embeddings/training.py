@@ -40,6 +40,7 @@ from embeddings.lexical_teacher import LexicalTeacher
 from embeddings.losses import lexical_loss
 from embeddings.ranking_losses import loss_by_grades
 from embeddings.recipes import TrainRecipe as TrainRecipe
+from embeddings.token_cache import TokenCache
 
 TEXTS_PER_GROUP = {False: 128, True: 1024}
 """Documents of one forward pass without and with CUDA. A step's texts padded to the longest of them all cost a CPU time
@@ -156,7 +157,7 @@ class ContrastiveTrainer:
         self._teacher = (
             LexicalTeacher(model, catalog, recipe, world_size=world_size, bf16=self.bf16) if self.num_lexical else None
         )
-        self.step, self.num_texts = 0, 0.0
+        self.step, self.num_texts, self._tokens = 0, 0.0, TokenCache(model)
         self.tower = TwoTower(model, recipe)
         self._parallel = wrap(self.tower)
         reads_others = any(term.reads_others for term in recipe.terms)
@@ -205,7 +206,7 @@ class ContrastiveTrainer:
         if step < self.num_lexical:
             return self._lexical_step(step)
         batch = self._batch(step)
-        vectors = self._vectors(tokenize(self.model, batch.query_texts, "query"), batch.document_texts)
+        vectors = self._vectors(self._tokens(batch.query_texts, "query"), batch.document_texts)
         return self._graded_loss(batch, *vectors)
 
     def published(self, blank: Callable[[], SentenceTransformer]) -> SentenceTransformer | None:
@@ -268,13 +269,16 @@ class ContrastiveTrainer:
         loss, cosine_QP, parts = self.tower.loss(query_QD, document_UD, targets, others)
         # the paper sums over queries; AdamW does not see the constant factor, the clipping does
         scaled = loss * (self.world_size / self.recipe.batch.queries_per_step)
-        num_queries = len(batch.grades)
+        # a card waits at every number that is asked of it: all of them at once
+        values = (loss, *parts.values(), self.tower.loss.temperature)
+        sums = torch.stack([value.detach().float() for value in values]).tolist()
+        per_query = [value / len(batch.grades) for value in sums[:-1]]
         return scaled, {
-            "loss": loss.item() / num_queries,
-            **({f"loss_{name}": part.item() / num_queries for name, part in parts.items()} if len(parts) > 1 else {}),
-            "temperature": self.tower.loss.temperature.item(),
+            "loss": per_query[0],
+            **(dict(zip((f"loss_{name}" for name in parts), per_query[1:], strict=True)) if len(parts) > 1 else {}),
+            "temperature": sums[-1],
             "num_texts": float(len(batch.query_texts) + len(batch.document_texts)),
-            **_by_grade(cosine_QP.detach(), targets.grade_QP),
+            **_by_grade(cosine_QP.detach().float().cpu(), torch.from_numpy(batch.grades)),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -340,10 +344,8 @@ class ContrastiveTrainer:
     ) -> tuple[Tensor, Tensor]:
         """Vectors of some queries and products of a step, with the same dropout every time."""
         torch.manual_seed(stable_seed(self.recipe.seed, seed, self.rank))
-        query_groups = [] if queries is None else [tokenize(self.model, _at(batch.query_texts, queries), "query")]
-        document_groups = (
-            [] if documents is None else [tokenize(self.model, _at(batch.document_texts, documents), "document")]
-        )
+        query_groups = [] if queries is None else [self._tokens(_at(batch.query_texts, queries), "query")]
+        document_groups = [] if documents is None else [self._tokens(_at(batch.document_texts, documents), "document")]
         with self._computing():
             vectors: tuple[Tensor, Tensor] = self._parallel(query_groups, document_groups)
         return vectors
@@ -383,7 +385,7 @@ class ContrastiveTrainer:
         with self._computing():
             query_UD, grouped_UD = self._parallel(
                 [query_features],
-                [tokenize(self.model, _at(document_texts, group), "document") for group in groups],
+                [self._tokens(_at(document_texts, group), "document") for group in groups],
             )
         return query_UD, grouped_UD[_places(groups).to(query_UD.device)]
 

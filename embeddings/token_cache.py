@@ -1,0 +1,85 @@
+"""Texts as token ids, kept from step to step of a training.
+
+A query comes once per epoch, a product with every query that it is graded for. On a graphics card a small encoder's
+step takes less time than its tokenizer, which for long left the card waiting (benchmarks/results.md).
+"""
+
+# N texts, L tokens of the longest
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from embeddings.encoder import Side, tokenize, transformers_of
+
+IDS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
+MAX_TEXTS: Final = 2_000_000
+"""Texts kept by default: some 400 MB of product titles."""
+
+
+class TokenCache:
+    """Token tensors of texts, as `encoder.tokenize` gives them, every text tokenised once.
+
+    Args:
+        model: whose tokenizer, prefixes and token limits count; they are taken not to change.
+        max_texts: how many are kept; further ones are tokenised whenever they come. A model that reads more than
+            ids, mask and a single segment has none kept.
+
+    Example:
+        >>> tokens = TokenCache(model)
+        >>> features = tokens(["red shoes"], "query")
+    """
+
+    def __init__(self, model: SentenceTransformer, max_texts: int = MAX_TEXTS) -> None:
+        self.model, self.max_texts = model, max_texts
+        self._ids: dict[tuple[Side, str], NDArray[np.int32]] = {}
+        self._plain: dict[Side, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __call__(self, texts: Sequence[str], side: Side) -> dict[str, Any]:
+        """Padded token tensors [N, L] on the model's device."""
+        missing = [text for text in dict.fromkeys(texts) if (side, text) not in self._ids]
+        if len(self._ids) + len(missing) > self.max_texts:
+            return tokenize(self.model, texts, side)
+        if missing:
+            found = tokenize(self.model, missing, side, device="cpu")
+            if not _is_plain(found):
+                self.max_texts = 0
+                return tokenize(self.model, texts, side)
+            self._plain[side] = found
+            for text, ids, mask in zip(missing, found[IDS].numpy(), found[MASK].numpy(), strict=True):
+                self._ids[side, text] = ids[mask > 0].astype(np.int32)
+        return self._padded([self._ids[side, text] for text in texts], side)
+
+    def _padded(self, rows: Sequence[NDArray[np.int32]], side: Side) -> dict[str, Any]:
+        tokenizer, plain = transformers_of(self.model)[side].tokenizer, self._plain[side]
+        length_N = np.array([len(row) for row in rows])
+        place_L = np.arange(length_N.max())
+        if tokenizer.padding_side == "left":
+            place_L = place_L[::-1]
+        is_token_NL = place_L < length_N[:, None]
+        id_NL = np.full(is_token_NL.shape, tokenizer.pad_token_id or 0, dtype=np.int64)
+        id_NL[is_token_NL] = np.concatenate(rows)
+        tensors = {IDS: torch.from_numpy(id_NL), MASK: torch.from_numpy(is_token_NL.astype(np.int64))}
+        tensors[SEGMENTS] = torch.zeros_like(tensors[IDS])
+        return {
+            name: tensors[name].to(self.model.device) if isinstance(value, Tensor) else value
+            for name, value in plain.items()
+        }
+
+
+def _is_plain(features: Mapping[str, Any]) -> bool:
+    """Whether ids and their number say all of these features."""
+    tensors = {name for name, value in features.items() if isinstance(value, Tensor)}
+    return {IDS, MASK} <= tensors <= {IDS, MASK, SEGMENTS} and not (
+        SEGMENTS in tensors and bool(features[SEGMENTS].any())
+    )
