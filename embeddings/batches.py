@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 PADDING = -1
 """Grade and index of a cell that holds no product."""
+UNGRADED = -1
+"""Grade of a product of which shares alone are known: no loss that reads grades sees it."""
 
 
 @settings
@@ -50,6 +52,15 @@ class BatchRecipe:
             "least share of the instances that hold grade 0; others are left out by chance to reach it", ge=0, le=1
         ),
     ] = 0.0
+    soft_per_query: Annotated[
+        int,
+        meaning(
+            "products of which a labeller's probabilities alone are learned from that are drawn beside the graded "
+            "ones; above 0 the losses that read probabilities read theirs alone",
+            "products",
+            ge=0,
+        ),
+    ] = 0
     contrasts_per_query: Annotated[
         int,
         meaning("ungraded products drawn of those that an instance brings, beside its graded ones", "products", ge=0),
@@ -86,7 +97,7 @@ class Instance:
         key: (dataset, query_id).
         query: text.
         products: texts.
-        grades: int8, one per product.
+        grades: int8, one per product; -1 where shares alone are known.
         shares: of raters, or probabilities, at or above grades 1 and 2, [P, 2]; None for those of clean grades.
         left_out: texts that are graded too, but not to be learned from or not drawn for the step.
         contrasts: texts that nobody graded: to the losses that read products of other queries (`LossTerm.in_batch` and
@@ -252,16 +263,31 @@ def _enough_with_irrelevant(instances: list[Instance], share: float, seed: int) 
 
 
 def draw_products(instance: Instance, recipe: BatchRecipe, seed: int) -> Instance:
-    """At most `max_products_per_query` products: one per grade present, the rest by `share_irrelevant`.
+    """At most `max_products_per_query` graded products: one per grade present, the rest by `share_irrelevant`.
 
-    Of a grade there are at most as many as `max_per_grade` says.
+    Of a grade there are at most as many as `max_per_grade` says. Beside them stand at most `soft_per_query` of those
+    without a grade.
     """
+    graded, soft = np.flatnonzero(instance.grades >= 0), np.flatnonzero(instance.grades < 0)
+    chosen = graded[_drawn(instance.grades[graded], recipe, seed)]
+    if soft.size:
+        some = np.random.default_rng([seed, 3]).permutation(soft)[: recipe.soft_per_query]
+        chosen = np.sort(np.concatenate([chosen, some]))
+    drawn = instance if len(chosen) == len(instance.products) else _part_of(instance, chosen)
+    if not recipe.soft_per_query:
+        return drawn
+    shares = np.where(drawn.grades[:, None] < 0, drawn.known_shares, np.float32(np.nan))
+    return dataclasses.replace(drawn, shares=shares)
+
+
+def _drawn(grade_P: NDArray[np.int8], recipe: BatchRecipe, seed: int) -> NDArray[np.intp]:
+    """Places of the graded products of a draw, in their order."""
     limit, most = recipe.max_products_per_query, recipe.max_per_grade
-    is_full = most is not None and any(np.count_nonzero(instance.grades == g) > most[g] for g in range(len(most)))
-    if len(instance.products) <= limit and not is_full:
-        return instance
-    shuffled = np.random.default_rng(seed).permutation(len(instance.products))
-    grades = instance.grades[shuffled]
+    is_full = most is not None and any(np.count_nonzero(grade_P == g) > most[g] for g in range(len(most)))
+    if len(grade_P) <= limit and not is_full:
+        return np.arange(len(grade_P))
+    shuffled = np.random.default_rng(seed).permutation(len(grade_P))
+    grades = grade_P[shuffled]
     rank_in_grade = np.empty(len(grades), dtype=np.int64)
     for grade in np.unique(grades):
         rank_in_grade[grades == grade] = np.arange(np.count_nonzero(grades == grade))
@@ -272,7 +298,7 @@ def draw_products(instance: Instance, recipe: BatchRecipe, seed: int) -> Instanc
     order = np.lexsort((np.arange(len(grades)), place >= quota, rank_in_grade > 0))
     if most is not None:
         order = order[rank_in_grade[order] < np.array(most)[grades[order]]]
-    return _part_of(instance, np.sort(shuffled[order[:limit]]))
+    return np.sort(shuffled[order[:limit]])
 
 
 def _draw_contrasts(instance: Instance, recipe: BatchRecipe, seed: int) -> Instance:
@@ -304,6 +330,7 @@ def _part_of(instance: Instance, chosen: NDArray[np.int64]) -> Instance:
 
 def _drawable(grade_P: NDArray[np.int8], recipe: BatchRecipe) -> NDArray[np.int8]:
     """The grades of which a draw may hold a product."""
+    grade_P = grade_P[grade_P >= 0]
     return grade_P if recipe.max_per_grade is None else grade_P[np.array(recipe.max_per_grade)[grade_P] > 0]
 
 

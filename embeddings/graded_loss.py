@@ -184,6 +184,7 @@ class GradedLoss(nn.Module):
                     cosine_QP,
                     targets.share_QPB,
                     self.temperature,
+                    teacher=recipe.teacher,
                     teacher_temperature=recipe.teacher_temperature,
                     reduction="sum",
                 )

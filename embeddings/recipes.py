@@ -158,6 +158,11 @@ class LossTerm:
             raise ValueError(f"in_batch adds products of grade 0, which {self.loss} does not read; set it to false")
 
     @property
+    def reads_shares(self) -> bool:
+        """Whether it learns from shares of raters or probabilities rather than grades."""
+        return self.loss in ("margin_mse", "listwise_kl", "ordinal_kl")
+
+    @property
     def reads_others(self) -> bool:
         """Whether products of the step's other queries count in it."""
         return self.in_batch or self.loss in ("background", "pooled_logistic")
@@ -199,8 +204,15 @@ class LossRecipe:
     triplet_margin: Annotated[float, meaning("lead for one grade", "cosine", ge=0, le=1)] = 0.1
     rg_temperature: Annotated[float, meaning("of rg2 and rgx, fixed", gt=0)] = 0.2
     teacher_spread: Annotated[float, meaning("margin_mse: between a sure 2 and a sure 0", "cosine", gt=0, le=2)] = 0.5
+    teacher: Annotated[
+        Literal["shares", "logits"],
+        meaning("listwise_kl: what ranks its products, the mean share at or above a grade, or the log odds of it"),
+    ] = "shares"
     teacher_temperature: Annotated[
-        float, meaning("listwise_kl: of the teacher's scores, 0 for a sure 0 to 1 for a sure 2", gt=0)
+        float,
+        meaning(
+            "listwise_kl: of the teacher's scores, shares from 0 for a sure 0 to 1 for a sure 2, or log odds", gt=0
+        ),
     ] = 0.2
     ordinal_steepness: Annotated[float, meaning("ordinal_kl: logits for a cosine of 1 at the start; learned", gt=0)] = (
         10.0

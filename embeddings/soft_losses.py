@@ -9,11 +9,15 @@ wanted, is their mean: 1 for a sure 2, one half for a sure 1, 0 for a sure 0, as
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embeddings.losses import Reduction, at_least_float32, masked_logsumexp, over_queries
+
+Teacher = Literal["shares", "logits"]
 
 
 def margin_mse_loss(
@@ -51,16 +55,22 @@ def listwise_kl_loss(
     share_QPB: Tensor,
     temperature: Tensor,
     *,
+    teacher: Teacher = "shares",
     teacher_temperature: float = 0.2,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """KL divergence of two softmaxes over the products of a row, the teacher's and that of the cosines.
 
+    The mean share ranks products whose grades differ. Log odds also tell apart those that all likely have one grade, as
+    the nearest products of a query mostly do.
+
     Args:
         similarity_QP: cosine similarities; padding may hold anything.
         share_QPB: shares at or above each grade but 0; nan masks a pair out. Carries no gradient.
         temperature: of the cosines, positive scalar; receives a gradient.
-        teacher_temperature: of the teacher's scores, which lie in [0, 1].
+        teacher: "shares", whose mean lies in [0, 1], or "logits", log odds of a share, clipped to 1e-3 of certainty, of
+            which each next boundary counts half as much.
+        teacher_temperature: of the teacher's scores.
         reduction: "mean" or "sum" over queries that have two products.
 
     Returns:
@@ -72,6 +82,10 @@ def listwise_kl_loss(
     Cites: Hinton et al. 2015 (arXiv 1503.02531); Cao et al. 2007 (ListNet) for the softmax over a query's documents.
     """
     score_QP, present_QP, teacher_QP = _with_teacher(similarity_QP, share_QPB)
+    if teacher == "logits":
+        weight_B = 0.5 ** torch.arange(share_QPB.shape[2], device=score_QP.device)
+        logit_QPB = share_QPB.detach().to(score_QP.dtype).nan_to_num(0.5).logit(eps=1e-3)
+        teacher_QP = (logit_QPB * weight_B).sum(dim=2).masked_fill(~present_QP, 0.0)
     logit_QP, wanted_QP = score_QP / temperature, teacher_QP / teacher_temperature
     log_found_QP = logit_QP - masked_logsumexp(logit_QP, present_QP)[:, None]
     log_wanted_QP = wanted_QP - masked_logsumexp(wanted_QP, present_QP)[:, None]

@@ -58,10 +58,12 @@ class ComparedStage:
     ] = "pretrained"
     train: Annotated[TrainRecipe, meaning("its stage says which instances it learns from")] = TrainRecipe()
     leave_out: train_encoder.LeftOut = ()
+    soft: train_encoder.Soft = ()
     filtered_negatives: train_encoder.FilteredNegatives = train_encoder.FilteredNegatives()
 
     def __post_init__(self) -> None:
         train_encoder.check_left_out(self.leave_out)
+        train_encoder.check_soft(self.soft, self.train)
 
 
 @settings
@@ -288,6 +290,7 @@ def _stage_config(
             text=recipe.text or config.recipe.text,
             train=train,
             leave_out=stage.leave_out,
+            soft=stage.soft,
             filtered_negatives=stage.filtered_negatives,
         ),
         placement=config.placement.train,

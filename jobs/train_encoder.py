@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from conf.load import ConfigError, describe, meaning, settings, validate
-from embeddings.batches import Instance
+from embeddings.batches import UNGRADED, Instance
 from embeddings.lexical import CatalogText, sample_catalog
 from embeddings.recipes import CARD_FILE, EncoderRecipe, TrainRecipe, read_card
 from embeddings.text import TextRecipe, normalise_query, product_text
@@ -82,6 +82,28 @@ LeftOut = Annotated[
 ]
 
 
+Soft = Annotated[
+    tuple[str, ...],
+    meaning(
+        "sources of whose pairs the probabilities alone are learned from, by listwise_kl, margin_mse and ordinal_kl: "
+        "they have no grade for any other loss; train.batch.soft_per_query of them are drawn"
+    ),
+]
+
+
+def check_soft(soft: Sequence[str], train: TrainRecipe) -> None:
+    """Raises ValueError for what is no source, or what no loss would read."""
+    if unknown := [entry for entry in soft if entry not in (*JUDGES, *SOURCES)]:
+        raise ValueError(f"soft={unknown[0]!r}: expected one of {', '.join((*JUDGES, *SOURCES))}")
+    if bool(soft) != bool(train.batch.soft_per_query):
+        raise ValueError(
+            "soft and train.batch.soft_per_query: expected both, since the one says whose probabilities are learned "
+            "from and the other how many of them are drawn, or neither"
+        )
+    if soft and not any(term.reads_shares for term in train.terms):
+        raise ValueError("soft: expected a loss that reads probabilities; add listwise_kl, margin_mse or ordinal_kl")
+
+
 def check_left_out(leave_out: Sequence[str]) -> None:
     """Raises ValueError for what is neither a source nor a source and a grade."""
     for entry in leave_out:
@@ -100,12 +122,14 @@ class EncoderTrainingRecipe:
     text: TextRecipe = TextRecipe()
     train: TrainRecipe = TrainRecipe()
     leave_out: LeftOut = ()
+    soft: Soft = ()
     filtered_negatives: Annotated[FilteredNegatives, meaning("ungraded products beside the graded")] = (
         FilteredNegatives()
     )
 
     def __post_init__(self) -> None:
         check_left_out(self.leave_out)
+        check_soft(self.soft, self.train)
         if self.filtered_negatives.per_query and not any(term.in_batch for term in self.train.terms):
             raise ValueError(
                 "filtered_negatives: expected a loss that reads them; give a term of train.loss in_batch=true"
@@ -161,7 +185,7 @@ def run(config: Config) -> RunRecord:
     encoder, text = _recipes(config.recipe, start)
     products = _products(current, text)
     rows, validation = labelling.train_instances(current, stage), _validation(current, products)
-    instances = [_train_instance(row, products, config.recipe.leave_out) for row in rows]
+    instances = [_train_instance(row, products, config.recipe.leave_out, config.recipe.soft) for row in rows]
     if config.recipe.filtered_negatives.per_query:
         instances = _with_negatives(instances, current, products, config.recipe.filtered_negatives)
     if encoder.length_percentile:
@@ -309,14 +333,21 @@ def _validation(current: Run, products: Products) -> list[Instance]:
     ]
 
 
-def _train_instance(row: Mapping[str, Any], products: Products, leave_out: Sequence[str]) -> Instance:
-    """The instance of a row without the pairs that `leave_out` names, whose texts it keeps as graded all the same."""
+def _train_instance(
+    row: Mapping[str, Any], products: Products, leave_out: Sequence[str], soft: Sequence[str] = ()
+) -> Instance:
+    """The instance of a row without the pairs that `leave_out` names, whose texts it keeps as graded all the same.
+
+    Pairs of a source in `soft` have shares and no grade.
+    """
     learned: dict[str, Graded] = {}
     skipped: dict[str, Graded] = {}
     shares = [row[name] or [None] * len(row["grades"]) for name in ("at_least_1", "at_least_2")]
     for product_id, source, *graded in zip(row["product_ids"], row["sources"], row["grades"], *shares, strict=True):
         is_left_out = source in leave_out or f"{source}:{graded[0]}" in leave_out
-        (skipped if is_left_out else learned)[product_id] = _clean(*graded)
+        grade, *shares_of_pair = _clean(*graded)
+        grade = UNGRADED if source in soft else grade
+        (skipped if is_left_out else learned)[product_id] = (grade, *shares_of_pair)
     instance = _instance(row, row["query"], learned, products)
     return dataclasses.replace(instance, left_out=_instance(row, row["query"], skipped, products).products)
 

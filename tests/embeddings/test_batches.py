@@ -104,6 +104,46 @@ def test_contrasts_are_drawn_anew_each_epoch_and_hold_no_grade():
     assert none[0].contrasts == []
 
 
+def test_products_without_a_grade_are_drawn_beside_the_graded_and_have_shares_alone():
+    graded = instance(0, [2, 1, 0, 0, 0])
+    soft = [f"near {place}" for place in range(6)]
+    whole = dataclasses.replace(
+        graded,
+        products=[*soft[:3], *graded.products, *soft[3:]],
+        grades=np.array([-1] * 3 + graded.grades.tolist() + [-1] * 3, dtype=np.int8),
+        shares=np.linspace(0.1, 0.9, 22, dtype=np.float32).reshape(11, 2),
+    )
+    share = dict(zip(whole.products, whole.shares.tolist(), strict=True))
+    plain = BatchRecipe(max_products_per_query=3, soft_per_query=0)
+    assert list(draw_products(whole, plain, 5).products) == list(draw_products(graded, plain, 5).products)
+
+    drawn = [draw_products(whole, dataclasses.replace(plain, soft_per_query=4), seed) for seed in range(5)]
+
+    for seed, one in enumerate(drawn):
+        is_soft = one.grades < 0
+        products = np.array(one.products)
+        assert products[~is_soft].tolist() == list(draw_products(graded, plain, seed).products)
+        assert len(set(products[is_soft])) == 4
+        assert set(products[is_soft]) <= set(soft)
+        assert np.isnan(one.shares[~is_soft]).all()
+        assert one.shares[is_soft].tolist() == [share[text] for text in products[is_soft]]
+        assert {*one.products, *one.left_out} == set(whole.products)
+    assert len({tuple(one.products) for one in drawn}) > 1
+    batch = collate([drawn[0]])
+    assert not batch.is_foreign.any()
+    assert sorted(batch.grades[0].tolist()) == [-1, -1, -1, -1, 0, 1, 2]
+
+
+def test_an_instance_of_products_without_a_grade_teaches_no_order():
+    bare = dataclasses.replace(
+        instance(1, [2, 0]), grades=np.array([-1, -1], dtype=np.int8), shares=np.full((2, 2), 0.5, dtype=np.float32)
+    )
+    recipe = BatchRecipe(queries_per_step=1, soft_per_query=2)
+    for needs_contrast in (True, False):
+        sampler = InstanceSampler([instance(0, [2, 0]), bare], recipe, seed=0, needs_contrast=needs_contrast)
+        assert [one.key for one in sampler.instances] == [instance(0, [2, 0]).key]
+
+
 def test_another_worker_s_contrasts_are_foreign_here_too():
     parts = [
         [dataclasses.replace(instance(0, [2, 0]), contrasts=["near"])],

@@ -51,6 +51,20 @@ def listwise_by_hand(row):
     return sum(w * math.log(w / f) for w, f in zip(wanted, found, strict=True))
 
 
+def listwise_of_odds_by_hand(row):
+    if len(row) < 2:
+        return None
+
+    def odds(share):
+        clipped = min(max(share, 1e-3), 1 - 1e-3)
+        return clipped / (1 - clipped)
+
+    wanted = [odds(above[0]) * odds(above[1]) ** 0.5 for _, above in row]
+    found = [math.exp(score / 0.3) for score, _ in row]
+    wanted, found = ([value / sum(part) for value in part] for part in (wanted, found))
+    return sum(w * math.log(w / f) for w, f in zip(wanted, found, strict=True))
+
+
 def ordinal_by_hand(row):
     def divergence(share, score, boundary):
         odds = 1 / (1 + math.exp(-7 * (score - boundary)))
@@ -63,6 +77,10 @@ def ordinal_by_hand(row):
 LOSSES = {
     "margin mse": (margin_mse_loss, margin_mse_by_hand),
     "listwise kl": (lambda s, t, **how: listwise_kl_loss(s, t, TAU, **how), listwise_by_hand),
+    "listwise kl of odds": (
+        lambda s, t, **how: listwise_kl_loss(s, t, TAU, teacher="logits", teacher_temperature=1.0, **how),
+        listwise_of_odds_by_hand,
+    ),
     "ordinal kl": (lambda s, t, **how: ordinal_kl_loss(s, t, STEEPNESS, BOUNDARY, **how), ordinal_by_hand),
 }
 every_loss = pytest.mark.parametrize(("loss", "by_hand"), LOSSES.values(), ids=LOSSES)

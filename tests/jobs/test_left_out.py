@@ -1,7 +1,10 @@
+import numpy as np
 import pytest
 
 from conf.load import load_job
+from embeddings.batches import BatchRecipe
 from embeddings.lexical import CatalogText
+from embeddings.recipes import LossRecipe, LossTerm, TrainRecipe
 from jobs.compare_recipes import ComparedStage, Config
 from jobs.train_encoder import EncoderTrainingRecipe, _train_instance
 
@@ -31,6 +34,34 @@ def test_sources_and_grades_of_sources_are_left_out_and_stay_known_as_graded(lea
     instance = _train_instance(ROW, PRODUCTS, leave_out)
     assert list(instance.products) == learned
     assert list(instance.left_out) == left_out
+
+
+def test_of_a_soft_source_the_shares_alone_are_learned():
+    row = ROW | {"at_least_1": [1.0, 0.2, 0.8, 0.1], "at_least_2": [0.7, 0.1, 0.3, 0.0]}
+    instance = _train_instance(row, PRODUCTS, ("sampled",), ("mined",))
+    assert instance.grades.tolist() == [2, -1, -1]
+    np.testing.assert_allclose(instance.shares, [[1.0, 0.7], [0.2, 0.1], [0.8, 0.3]], rtol=1e-6)
+    assert list(instance.left_out) == ["the d"]
+
+
+SOFT_BATCH = BatchRecipe(soft_per_query=4)
+KL = LossRecipe(terms=(LossTerm(loss="infonce", in_batch=True), LossTerm(loss="listwise_kl")))
+
+
+@pytest.mark.parametrize("recipe", [EncoderTrainingRecipe, ComparedStage])
+@pytest.mark.parametrize(
+    ("soft", "train", "message"),
+    [
+        (("mind",), TrainRecipe(loss=KL, batch=SOFT_BATCH), "expected one of expert, human"),
+        (("mined",), TrainRecipe(loss=KL), "expected both"),
+        ((), TrainRecipe(loss=KL, batch=SOFT_BATCH), "expected both"),
+        (("mined",), TrainRecipe(batch=SOFT_BATCH), "add listwise_kl, margin_mse or ordinal_kl"),
+    ],
+)
+def test_soft_sources_that_nothing_reads_are_refused(recipe, soft, train, message):
+    recipe(soft=("mined",), train=TrainRecipe(loss=KL, batch=SOFT_BATCH))
+    with pytest.raises(ValueError, match=message):
+        recipe(soft=soft, train=train)
 
 
 @pytest.mark.parametrize("recipe", [EncoderTrainingRecipe, ComparedStage])
