@@ -345,9 +345,9 @@ def _train_instance(
     shares = [row[name] or [None] * len(row["grades"]) for name in ("at_least_1", "at_least_2")]
     for product_id, source, *graded in zip(row["product_ids"], row["sources"], row["grades"], *shares, strict=True):
         is_left_out = source in leave_out or f"{source}:{graded[0]}" in leave_out
-        grade, *shares_of_pair = _clean(*graded)
+        grade, at_least_1, at_least_2 = _clean(*graded)
         grade = UNGRADED if source in soft else grade
-        (skipped if is_left_out else learned)[product_id] = (grade, *shares_of_pair)
+        (skipped if is_left_out else learned)[product_id] = grade, at_least_1, at_least_2
     instance = _instance(row, row["query"], learned, products)
     return dataclasses.replace(instance, left_out=_instance(row, row["query"], skipped, products).products)
 
