@@ -45,6 +45,12 @@ class EmbedPlacement:
     threads_per_worker: Annotated[int, meaning("CPUs and threads of each", "CPUs", ge=1)] = 2
     use_gpu: Annotated[bool, meaning("one GPU per actor")] = False
     batch_tokens: Annotated[int, meaning("padded tokens of a forward pass", "tokens", ge=128)] = 4096
+    own_texts: Annotated[
+        int,
+        meaning(
+            "up to so many texts the job encodes itself, without a GPU: sooner done than an actor starts", "texts", ge=0
+        ),
+    ] = 500
 
 
 @settings
@@ -137,6 +143,7 @@ def embed(
         threads_per_worker=placement.threads_per_worker,
         use_gpu=placement.use_gpu,
         batch_tokens=placement.batch_tokens,
+        own_texts=placement.own_texts,
         run_folder=current.lake.path("runs", current.fingerprint),
     )
     for model in models:

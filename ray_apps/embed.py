@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +84,7 @@ def embed(
     threads_per_worker: int,
     use_gpu: bool,
     batch_tokens: int,
+    own_texts: int,
     run_folder: str,
 ) -> int:
     """Encodes the parts whose files are missing.
@@ -94,6 +95,7 @@ def embed(
         threads_per_worker: CPUs and torch threads of an actor.
         use_gpu: gives each actor a GPU.
         batch_tokens: padded tokens of a forward pass.
+        own_texts: up to so many are encoded in this process, unless a GPU is wanted: an actor takes longer to start.
         run_folder: where the run tells how far it is.
 
     Returns:
@@ -103,36 +105,48 @@ def embed(
     log.info("embed: %d of %d files are there", len(parts) - len(missing), len(parts))
     if not missing:
         return 0
-    size = min(num_workers, len(missing))
-    check_resources(size * threads_per_worker, size * int(use_gpu))
-    quiet_data()
     blocks = [
         part.fields.append_column("id", part.ids).append_column(
             "part", pa.array(np.full(len(part.ids), number, dtype=np.int64))
         )
         for number, part in enumerate(missing)
     ]
-    done = ray.data.from_arrow(blocks).map_batches(
-        _PartEncoder,
-        fn_constructor_args=(
-            [(part.model, part.side, part.path, len(part.ids)) for part in missing],
-            threads_per_worker,
-            use_gpu,
-            batch_tokens,
-        ),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=size),
-        num_cpus=threads_per_worker,
-        num_gpus=int(use_gpu),
-    )
     total, encoded, started = sum(len(part.ids) for part in missing), 0, time.monotonic()
-    for row in done.iter_rows():
-        encoded += row["num_rows"]
+    given = [(part.model, part.side, part.path, len(part.ids)) for part in missing], threads_per_worker, use_gpu
+    if total <= own_texts and not use_gpu:
+        done = _encode_here(blocks, _PartEncoder(*given, batch_tokens))
+    else:
+        size = min(num_workers, len(missing))
+        check_resources(size * threads_per_worker, size * int(use_gpu))
+        quiet_data()
+        pool = ray.data.from_arrow(blocks).map_batches(
+            _PartEncoder,
+            fn_constructor_args=(*given, batch_tokens),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=size),
+            num_cpus=threads_per_worker,
+            num_gpus=int(use_gpu),
+        )
+        done = (row["num_rows"] for row in pool.iter_rows())
+    for num_rows in done:
+        encoded += num_rows
         seconds = time.monotonic() - started
         write_progress(run_folder, done=encoded, total=total, note=f"texts encoded, {encoded / seconds:.0f}/s")
         log.info("embed: %d of %d texts, %.0f/s", encoded, total, encoded / seconds)
     return encoded
+
+
+def _encode_here(blocks: Sequence[pa.Table], encoder: _PartEncoder) -> Iterator[int]:
+    """Rows of each block, encoded in this process, whose number of threads stays."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        for block in blocks:
+            yield encoder(block)["num_rows"][0].as_py()
+    finally:
+        torch.set_num_threads(before)
 
 
 class _PartEncoder:
@@ -145,17 +159,17 @@ class _PartEncoder:
         use_gpu: bool,
         tokens: int,
     ) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
-        self._parts, self._tokens = parts, tokens
+        self._parts, self._threads, self._tokens = parts, threads, tokens
         self._device = "cuda" if use_gpu else "cpu"
         self._loaded: tuple[str, Any, Any] | None = None
 
     def __call__(self, block: pa.Table) -> pa.Table:
+        import torch
+
         from embeddings.backbone import has_fast_bf16
         from embeddings.encoder import encode
 
+        torch.set_num_threads(self._threads)
         folder, side, path, num_rows = self._parts[block["part"][0].as_py()]
         if block.num_rows != num_rows:
             raise ValueError(f"{path}: expected {num_rows} texts in one block, got {block.num_rows}")

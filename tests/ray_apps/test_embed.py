@@ -3,6 +3,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
+import torch
 
 from embeddings.encoder import build_encoder, encode, load_encoder, save_encoder
 from embeddings.recipes import EncoderRecipe
@@ -24,7 +26,10 @@ CATALOG = pa.table(
 )
 
 
-def test_encodes_with_the_models_own_texts_and_never_twice(tmp_path):
+@pytest.mark.parametrize("own_texts", [0, 100], ids=["by an actor", "in this process"])
+def test_encodes_with_the_models_own_texts_and_never_twice(tmp_path, own_texts, monkeypatch):
+    if own_texts:
+        monkeypatch.setattr(ray.data, "from_arrow", None)
     model = build_encoder(EncoderRecipe(model=str(tiny_bert_folder(tmp_path / "bert"))))
     recipe = TextRecipe(clauses=("{title}", "{brand}"), joint=" ")
     folder = str(tmp_path / "model")
@@ -34,8 +39,10 @@ def test_encodes_with_the_models_own_texts_and_never_twice(tmp_path):
         *plan_products(folder, CATALOG, shards),
         plan_queries(folder, ["  Red LAMP ", "hose"], tmp_path / "vectors"),
     ]
-    where = {"num_workers": 1, "threads_per_worker": 1, "use_gpu": False, "batch_tokens": 1024}
+    where = {"num_workers": 1, "threads_per_worker": 1, "use_gpu": False, "batch_tokens": 1024, "own_texts": own_texts}
+    threads = torch.get_num_threads()
     assert embed(parts, **where, run_folder=str(tmp_path / "run")) == 9
+    assert torch.get_num_threads() == threads
     reloaded, _ = load_encoder(folder)
     expected = encode(reloaded, [f"{name} acme" for name in NAMES], "document")
     assert np.abs(read_rows(shards, np.arange(7)) - expected).max() < 0.02  # bfloat16 where hardware has it
