@@ -115,6 +115,7 @@ class ContrastiveTrainer:
     Attributes:
         step: the next one.
         num_texts: texts through the encoder so far, on all workers, as if each had as many as this one.
+        tokens: gives texts as tokens, and keeps them.
         is_sharded: whether this worker holds a part of the encoder's weights.
 
     Example:
@@ -157,7 +158,7 @@ class ContrastiveTrainer:
         self._teacher = (
             LexicalTeacher(model, catalog, recipe, world_size=world_size, bf16=self.bf16) if self.num_lexical else None
         )
-        self.step, self.num_texts, self._tokens = 0, 0.0, TokenCache(model)
+        self.step, self.num_texts, self.tokens = 0, 0.0, TokenCache(model)
         self.tower = TwoTower(model, recipe)
         self._parallel = wrap(self.tower)
         reads_others = any(term.reads_others for term in recipe.terms)
@@ -206,7 +207,7 @@ class ContrastiveTrainer:
         if step < self.num_lexical:
             return self._lexical_step(step)
         batch = self._batch(step)
-        vectors = self._vectors(self._tokens(batch.query_texts, "query"), batch.document_texts)
+        vectors = self._vectors(self.tokens(batch.query_texts, "query"), batch.document_texts)
         return self._graded_loss(batch, *vectors)
 
     def published(self, blank: Callable[[], SentenceTransformer]) -> SentenceTransformer | None:
@@ -344,8 +345,8 @@ class ContrastiveTrainer:
     ) -> tuple[Tensor, Tensor]:
         """Vectors of some queries and products of a step, with the same dropout every time."""
         torch.manual_seed(stable_seed(self.recipe.seed, seed, self.rank))
-        query_groups = [] if queries is None else [self._tokens(_at(batch.query_texts, queries), "query")]
-        document_groups = [] if documents is None else [self._tokens(_at(batch.document_texts, documents), "document")]
+        query_groups = [] if queries is None else [self.tokens(_at(batch.query_texts, queries), "query")]
+        document_groups = [] if documents is None else [self.tokens(_at(batch.document_texts, documents), "document")]
         with self._computing():
             vectors: tuple[Tensor, Tensor] = self._parallel(query_groups, document_groups)
         return vectors
@@ -385,7 +386,7 @@ class ContrastiveTrainer:
         with self._computing():
             query_UD, grouped_UD = self._parallel(
                 [query_features],
-                [self._tokens(_at(document_texts, group), "document") for group in groups],
+                [self.tokens(_at(document_texts, group), "document") for group in groups],
             )
         return query_UD, grouped_UD[_places(groups).to(query_UD.device)]
 
