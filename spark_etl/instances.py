@@ -117,7 +117,8 @@ def _ungraded(tables: Mapping[str, DataFrame], recipe: InstancesRecipe) -> list[
     if recipe.stage == 2 and "mined_pair" in tables:
         latest = sf.row_number().over(Window.partitionBy(*PAIR).orderBy(sf.desc("round"), "rank"))
         mined = tables["mined_pair"].withColumn("age", latest).where("age = 1").withColumn("source", sf.lit("mined"))
-        found.append(keep_by_band(_graded(mined, tables, recipe), recipe))
+        graded = _graded(mined, tables, recipe)
+        found.append(graded if recipe.keep_all_mined else keep_by_band(graded, recipe))
     at_least = ((sf.col("p1") + sf.col("p2")).alias(AT_LEAST[0]), sf.col("p2").alias(AT_LEAST[1]))
     return [frame.select(*PAIR, "grade", "source", *at_least) for frame in found]
 

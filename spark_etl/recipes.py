@@ -387,6 +387,10 @@ class InstancesRecipe:
         bool,
         meaning("stage 2 keeps mined pairs of grade 1 near the top too, where the paper keeps grade 0 alone"),
     ] = False
+    keep_all_mined: Annotated[
+        bool,
+        meaning("stage 2 keeps every graded mined pair, for trainings that learn from their probabilities (soft)"),
+    ] = False
     max_products_per_query: Annotated[
         int, meaning("most products of an instance; human grades first, then by hash", "products", ge=2)
     ] = 256

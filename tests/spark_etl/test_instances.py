@@ -125,6 +125,8 @@ def test_stage_2_keeps_mined_pairs_by_band_and_grade(spark):
     assert built(tables, InstancesRecipe(stage=2)) == {"q1": sorted([*first, *mined])}
     near = [*mined, ("p4", 1, "mined")]
     assert built(tables, InstancesRecipe(stage=2, keep_near_misses=True)) == {"q1": sorted([*first, *near])}
+    every = [*near, ("p3", 0, "mined")]
+    assert built(tables, InstancesRecipe(stage=2, keep_all_mined=True)) == {"q1": sorted([*first, *every])}
 
 
 def test_a_full_instance_keeps_human_grades_first(spark):
