@@ -56,7 +56,9 @@ class ComparedStage:
     mixes: Annotated[
         Literal["before", "pretrained"], meaning("whose weights train.mixed_share takes; before: the stage before's")
     ] = "pretrained"
-    train: Annotated[TrainRecipe, meaning("its stage says which instances it learns from")] = TrainRecipe()
+    train: Annotated[
+        TrainRecipe, meaning("its stage says which instances it learns from; its seed is added to the comparison's")
+    ] = TrainRecipe()
     leave_out: train_encoder.LeftOut = ()
     soft: train_encoder.Soft = ()
     filtered_negatives: train_encoder.FilteredNegatives = train_encoder.FilteredNegatives()
@@ -64,6 +66,8 @@ class ComparedStage:
     def __post_init__(self) -> None:
         train_encoder.check_left_out(self.leave_out)
         train_encoder.check_soft(self.soft, self.train)
+        if self.mixes == "before" and not self.train.mixed_share:
+            raise ValueError("mixes=before: nothing of it would be mixed in; give train.mixed_share")
 
 
 @settings
@@ -265,7 +269,8 @@ def _stage_config(
 ) -> train_encoder.Config:
     train = dataclasses.replace(
         stage.train,
-        seed=seed,
+        # of two branches of one loss each has draws of its own
+        seed=stage.train.seed + seed,
         learning_rate=stage.train.learning_rate * factor,
         head_learning_rate=stage.train.head_learning_rate * factor,
         dropout=stage.train.dropout if config.recipe.dropout is None else config.recipe.dropout,

@@ -174,6 +174,10 @@ class Config:
     recipe: EncoderTrainingRecipe = EncoderTrainingRecipe()
     placement: Placement = Placement()
 
+    def __post_init__(self) -> None:
+        if self.inputs.mixed_with and not self.recipe.train.mixed_share:
+            raise ValueError("inputs.mixed_with: nothing of it would be mixed in; give recipe.train.mixed_share")
+
 
 def run(config: Config) -> RunRecord:
     """The encoder of one stage, and in stage 1 the pretrained baseline beside it."""

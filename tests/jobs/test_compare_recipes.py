@@ -8,7 +8,7 @@ import pytest
 from conf.load import ConfigError, load, load_job
 from embeddings.evaluation import JudgedQuery, measure
 from embeddings.recipes import TrainRecipe
-from jobs import compare_recipes
+from jobs import compare_recipes, train_encoder
 from jobs.compare_recipes import ComparedRecipe, ComparedStage, ComparisonRecipe, Config, Trained
 from jobs.embed_catalog import Catalog
 from jobs.judged_queries import Judged
@@ -96,11 +96,17 @@ def test_a_stage_that_recipes_have_in_common_is_trained_once(lake, monkeypatch):
         ({"recipes": [{"name": "a"}], "reference": "b"}, "expected one of a"),
         ({"recipes": [{"name": "a"}], "seeds": []}, "rate_factors above 0 and seeds"),
         ({"recipes": [{"name": "a", "stages": [{"train": {"los": {}}}]}]}, "los"),
+        ({"recipes": [{"name": "a", "stages": [{"share": 0.5}, {"share": 0.5, "mixes": "before"}]}]}, "mixed_share"),
     ],
 )
 def test_a_comparison_that_makes_no_sense_is_refused(changes, said):
     with pytest.raises(ConfigError, match=said):
         load(Config, {"recipe": changes})
+
+
+def test_an_encoder_that_would_not_be_mixed_in_is_refused():
+    with pytest.raises(ConfigError, match=r"mixed_with: nothing of it .*mixed_share"):
+        load(train_encoder.Config, {"inputs": {"mixed_with": "models/x"}})
 
 
 def test_every_stage_gets_its_share_of_the_budget_and_the_trials_rate(lake):
@@ -115,6 +121,9 @@ def test_every_stage_gets_its_share_of_the_budget_and_the_trials_rate(lake):
     train = found.recipe.train
     assert (train.max_texts, train.seed, train.stage) == (1000, 5, 2)
     assert train.learning_rate == 2 * ours.stages[1].train.learning_rate
+    branch = dataclasses.replace(ours.stages[1], train=dataclasses.replace(ours.stages[1].train, seed=100))
+    other = compare_recipes._stage_config(config, current, ours, branch, 2.0, 5, "models/x")
+    assert other.recipe.train == dataclasses.replace(train, seed=105)
     assert (found.inputs.model, found.inputs.mined_pair) == ("models/x", "")
     assert mnrl.stages == (ComparedStage(train=mnrl.stages[0].train),)
     assert not mnrl.stages[0].train.needs_contrast
