@@ -189,7 +189,7 @@ def _search(
     cheap_SV = np.exp(recipe.price_effect * np.take_along_axis(pools.cheapness_QM[query_S], order_SV, axis=1))
     # Popularity is at least 1; centred on its mean log of .8.
     liked_SV = np.exp(np.take_along_axis(effect_SM, order_SV, axis=1) - 0.8 * recipe.popularity_effect)
-    examined_V = np.arange(1, order_SV.shape[1] + 1) ** -recipe.position_bias
+    examined_V = np.arange(1, order_SV.shape[1] + 1) ** -float(recipe.position_bias)
     click_SV = examined_V * (_CLICK_OF_GRADE[grade_SV] * cheap_SV * liked_SV).clip(max=0.95)
     chance_SVK = draw(recipe.seed, "act", session_S, 3 * order_SV.shape[1]).reshape(*order_SV.shape, 3)
     clicked_SV = (chance_SVK[..., 0] < click_SV) & (shown_SV >= 0)
