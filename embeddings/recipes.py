@@ -143,6 +143,10 @@ _WITHOUT_IN_BATCH: tuple[LossName, ...] = (
 )
 
 
+Teacher = Literal["shares", "logits"]
+"""What `listwise_kl` ranks a row's products by; see soft_losses."""
+
+
 @settings
 class LossTerm:
     """One loss of a weighted sum."""
@@ -205,7 +209,7 @@ class LossRecipe:
     rg_temperature: Annotated[float, meaning("of rg2 and rgx, fixed", gt=0)] = 0.2
     teacher_spread: Annotated[float, meaning("margin_mse: between a sure 2 and a sure 0", "cosine", gt=0, le=2)] = 0.5
     teacher: Annotated[
-        Literal["shares", "logits"],
+        Teacher,
         meaning("listwise_kl: what ranks its products, the mean share at or above a grade, or the log odds of it"),
     ] = "shares"
     teacher_temperature: Annotated[

@@ -9,15 +9,12 @@ wanted, is their mean: 1 for a sure 2, one half for a sure 1, 0 for a sure 0, as
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embeddings.losses import Reduction, at_least_float32, masked_logsumexp, over_queries
-
-Teacher = Literal["shares", "logits"]
+from embeddings.recipes import Teacher
 
 
 def margin_mse_loss(

@@ -1,7 +1,7 @@
 """Texts as token ids, kept from step to step of a training.
 
 A query comes once per epoch, a product with every query that it is graded for. On a graphics card a small encoder's
-step takes less time than its tokenizer, which for long left the card waiting (benchmarks/results.md).
+step takes less time than its tokenizer, for which the card would wait (benchmarks/results.md).
 """
 
 # N texts, L tokens of the longest
@@ -40,7 +40,7 @@ class TokenCache:
     def __init__(self, model: SentenceTransformer, max_texts: int = MAX_TEXTS) -> None:
         self.model, self.max_texts = model, max_texts
         self._ids: dict[tuple[Side, str], NDArray[np.int32]] = {}
-        self._plain: dict[Side, dict[str, Any]] = {}
+        self._features: dict[Side, dict[str, Any]] = {}
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -55,13 +55,14 @@ class TokenCache:
             if not _is_plain(found):
                 self.max_texts = 0
                 return tokenize(self.model, texts, side)
-            self._plain[side] = found
+            # the tensors' names, and what goes with every text of the side
+            self._features[side] = {name: None if isinstance(value, Tensor) else value for name, value in found.items()}
             for text, ids, mask in zip(missing, found[IDS].numpy(), found[MASK].numpy(), strict=True):
                 self._ids[side, text] = ids[mask > 0].astype(np.int32)
         return self._padded([self._ids[side, text] for text in texts], side)
 
     def _padded(self, rows: Sequence[NDArray[np.int32]], side: Side) -> dict[str, Any]:
-        tokenizer, plain = transformers_of(self.model)[side].tokenizer, self._plain[side]
+        tokenizer = transformers_of(self.model)[side].tokenizer
         length_N = np.array([len(row) for row in rows])
         place_L = np.arange(length_N.max())
         if tokenizer.padding_side == "left":
@@ -72,8 +73,8 @@ class TokenCache:
         tensors = {IDS: torch.from_numpy(id_NL), MASK: torch.from_numpy(is_token_NL.astype(np.int64))}
         tensors[SEGMENTS] = torch.zeros_like(tensors[IDS])
         return {
-            name: tensors[name].to(self.model.device) if isinstance(value, Tensor) else value
-            for name, value in plain.items()
+            name: tensors[name].to(self.model.device) if name in tensors else value
+            for name, value in self._features[side].items()
         }
 
 
