@@ -13,10 +13,10 @@
 
 Each contestant of a round is a process of its own, one after the other, two threads, fused AdamW, the first steps left
 out; items are queries and products, all of a row graded. Instances are those of Home Depot below ASSAY_DATA. With
---device cuda memory is that of the graphics card and two_workers is left out. The last line is JSON; above 1 is ours
-better, `efficiency` is two_workers over twice one_thread, and `tflops` what ours computes of its texts' own tokens, no
-padding counted, by six operations per token and weight of the layers and twelve per token, dimension and token beside
-it; over the card's peak this is the MFU.
+--device cuda memory is that of the graphics card, and one_thread and two_workers are left out. The last line is JSON;
+above 1 is ours better, `efficiency` is two_workers over twice one_thread, and `tflops` what ours computes of its texts'
+own tokens, no padding counted, by six operations per token and weight of the layers and twelve per token, dimension and
+token beside it; over the card's peak this is the MFU.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ import pyarrow.csv as pc
 import torch
 
 from embeddings.batches import BatchRecipe, Instance, collate
-from embeddings.encoder import tokenize
 from embeddings.recipes import EncoderRecipe, LossRecipe, LossTerm, TrainRecipe
 
 if TYPE_CHECKING:
@@ -54,7 +53,6 @@ TEXTS_PER_PASS: Final = 64
 LEFT_OUT: Final = 2
 """First steps of a contestant, in which memory is taken and kernels are chosen."""
 QUICK_STEPS, STEPS = 8, 24
-MODEL: Final = "all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True)
@@ -72,12 +70,12 @@ class Work:
     """
 
     root: Path
-    loss: str = "supcon"
-    dropout: float = 0.0
-    steps: int = STEPS
-    device: str = "cpu"
-    queries: int = 32
-    model: str = MODEL
+    loss: str
+    dropout: float
+    steps: int
+    device: str
+    queries: int
+    model: str
 
     @property
     def encoder(self) -> EncoderRecipe:
@@ -133,10 +131,9 @@ def train_ours(
     placement = {"rank": rank, "world_size": world_size} | ({"wrap": wrap} if wrap else {})
     recipe = work.recipe(texts_per_pass=texts_per_pass)
     trainer = ContrastiveTrainer(model, instances, recipe, compiled=compiled, **placement)
-    for step in range(0 if first_epoch else LEFT_OUT + work.steps):
-        batch = collate(trainer.sampler.step_instances(step, rank, world_size))
-        trainer.tokens(batch.query_texts, "query")
-        trainer.tokens(batch.document_texts, "document")
+    if not first_epoch:
+        for step in range(LEFT_OUT + work.steps):
+            _tokens(trainer, step)
     started = 0.0
     for step in range(LEFT_OUT + work.steps):
         if step == LEFT_OUT:
@@ -147,19 +144,20 @@ def train_ours(
     return {"seconds": seconds, "tflops": operations / seconds / 1e12}
 
 
+def _tokens(trainer: ContrastiveTrainer, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Token tensors of the queries and of the products of a step, which the trainer keeps."""
+    batch = collate(trainer.sampler.step_instances(step, trainer.rank, trainer.world_size))
+    return trainer.tokens(batch.query_texts, "query"), trainer.tokens(batch.document_texts, "document")
+
+
 def _operations(trainer: ContrastiveTrainer, step: int) -> float:
     """Floating-point operations of a step's texts, forward and backward, without padding."""
     from embeddings.backbone import layers_of
 
-    layers = layers_of(trainer.model)
+    layers, width = layers_of(trainer.model), trainer.model.get_embedding_dimension()
     weights = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
-    batch = collate(trainer.sampler.step_instances(step, trainer.rank, trainer.world_size))
-    found = 0.0
-    for texts, side in ((batch.query_texts, "query"), (batch.document_texts, "document")):
-        length_N = tokenize(trainer.model, texts, side)["attention_mask"].sum(dim=1).double()  # type: ignore[arg-type]
-        width = trainer.model.get_embedding_dimension()
-        found += float((6 * weights * length_N + 12 * len(layers) * width * length_N**2).sum())
-    return found
+    length_N = torch.cat([features["attention_mask"].sum(dim=1).double() for features in _tokens(trainer, step)])
+    return float((6 * weights * length_N + 12 * len(layers) * width * length_N**2).sum())
 
 
 def train_theirs(instances: list[Instance], work: Work, *, in_pairs: bool) -> dict[str, float]:
@@ -179,9 +177,10 @@ def train_theirs(instances: list[Instance], work: Work, *, in_pairs: bool) -> di
         started = seconds = 0.0
 
         def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-            now = clock(work.device) if state.global_step in (LEFT_OUT, state.max_steps) else time.monotonic()
-            self.started = now if state.global_step == LEFT_OUT else self.started
-            self.seconds = now - self.started
+            if state.global_step == LEFT_OUT:
+                self.started = clock(work.device)
+            elif state.global_step == state.max_steps:
+                self.seconds = clock(work.device) - self.started
 
     model, recipe = build_encoder(work.encoder, device=work.device), work.recipe()
     set_dropout(model, work.dropout)
@@ -271,7 +270,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0, help="of the backbone, for all contestants")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--queries", type=int, default=32, help="of a step")
-    parser.add_argument("--model", default=MODEL, help="name or folder of the pretrained encoder")
+    parser.add_argument("--model", default=EncoderRecipe().model, help="name or folder of the pretrained encoder")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if "ASSAY_DATA" not in os.environ:

@@ -41,8 +41,9 @@ from lake.schemas import Grade
 FIRST_TOKEN_FAMILY = ("bert", "roberta", "xlm-roberta", "electra")
 """Model types whose sequence classifiers read the first token, and call their parts alike."""
 
-MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
-"""Tokens of a batch when only probabilities are wanted, padding included; what all begin with counts once."""
+MAX_BATCH_TOKENS = {False: 4096, True: 65536}
+"""Tokens of a batch without and with CUDA when only probabilities are wanted, padding included; what all begin with
+counts once."""
 
 
 def padded(pairs: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
@@ -138,7 +139,7 @@ def plain_probabilities(
     probability_N3 = np.empty((len(pairs), len(Grade)), dtype=np.float32)
     training, place = model.training, next(model.parameters()).device.type
     shared = model.shared_length(pairs)
-    most = MAX_BATCH_TOKENS.get(place, MAX_BATCH_TOKENS["cpu"])
+    most = MAX_BATCH_TOKENS[place == "cuda"]
     room = max(most - shared, most // 2)
     model.eval()
     start = 0

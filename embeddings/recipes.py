@@ -134,13 +134,8 @@ LossName = Literal[
     "ordinal_kl",
     "background",
 ]
-_WITHOUT_IN_BATCH: tuple[LossName, ...] = (
-    "margin_mse",
-    "listwise_kl",
-    "ordinal_kl",
-    "background",
-    "pooled_logistic",
-)
+_OF_SHARES: tuple[LossName, ...] = ("margin_mse", "listwise_kl", "ordinal_kl")
+_WITHOUT_IN_BATCH: tuple[LossName, ...] = (*_OF_SHARES, "background", "pooled_logistic")
 
 
 Teacher = Literal["shares", "logits"]
@@ -164,7 +159,7 @@ class LossTerm:
     @property
     def reads_shares(self) -> bool:
         """Whether it learns from shares of raters or probabilities rather than grades."""
-        return self.loss in ("margin_mse", "listwise_kl", "ordinal_kl")
+        return self.loss in _OF_SHARES
 
     @property
     def reads_others(self) -> bool:

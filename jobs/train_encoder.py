@@ -73,11 +73,14 @@ class FilteredNegatives:
     ] = 0.95
 
 
+ALL_SOURCES = (*JUDGES, *SOURCES)
+"""Who graded a pair of people's, or where a labeller's pair came from."""
+
 LeftOut = Annotated[
     tuple[str, ...],
     meaning(
         "sources whose grades are not learned from, or one grade of a source as mined:2; nor are such pairs in-batch "
-        f"negatives. Sources: {', '.join((*JUDGES, *SOURCES))}"
+        f"negatives. Sources: {', '.join(ALL_SOURCES)}"
     ),
 ]
 
@@ -93,8 +96,8 @@ Soft = Annotated[
 
 def check_soft(soft: Sequence[str], train: TrainRecipe) -> None:
     """Raises ValueError for what is no source, or what no loss would read."""
-    if unknown := [entry for entry in soft if entry not in (*JUDGES, *SOURCES)]:
-        raise ValueError(f"soft={unknown[0]!r}: expected one of {', '.join((*JUDGES, *SOURCES))}")
+    if unknown := [entry for entry in soft if entry not in ALL_SOURCES]:
+        raise ValueError(f"soft={unknown[0]!r}: expected one of {', '.join(ALL_SOURCES)}")
     if bool(soft) != bool(train.batch.soft_per_query):
         raise ValueError(
             "soft and train.batch.soft_per_query: expected both, since the one says whose probabilities are learned "
@@ -108,9 +111,9 @@ def check_left_out(leave_out: Sequence[str]) -> None:
     """Raises ValueError for what is neither a source nor a source and a grade."""
     for entry in leave_out:
         source, _, grade = entry.partition(":")
-        if source not in (*JUDGES, *SOURCES) or (":" in entry and grade not in ("0", "1", "2")):
+        if source not in ALL_SOURCES or (":" in entry and grade not in ("0", "1", "2")):
             raise ValueError(
-                f"leave_out={entry!r}: expected one of {', '.join((*JUDGES, *SOURCES))}, or with a grade, as mined:2"
+                f"leave_out={entry!r}: expected one of {', '.join(ALL_SOURCES)}, or with a grade, as mined:2"
             )
 
 

@@ -150,7 +150,7 @@ def _encode_here(blocks: Sequence[pa.Table], encoder: _PartEncoder) -> Iterator[
 
 
 class _PartEncoder:
-    """Holds one encoder in one actor and writes the files of its parts."""
+    """Holds one encoder in one process and writes the files of its parts."""
 
     def __init__(
         self,
