@@ -1,4 +1,4 @@
-"""Encodes the catalogue into shard files of vectors; files that are complete are kept."""
+"""Encodes the catalogue into files of vectors; a text that has a vector of the encoder is not encoded again."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 import pyarrow as pa
 
 from conf.load import ConfigError, meaning, settings
-from embeddings.shards import Shard, plan_shards, texts_print
+from embeddings.vectors import CatalogVectors, VectorStore, VectorType, texts_print
 from jobs import job
 from lake import tables
 from lake.runs import Run, RunRecord
 from lake.schemas import CATALOG_PRODUCT, EMBEDDING_MANIFEST
 from lake.storage import Lake
 from ray_apps.cluster import RayPlacement, connect
+
+if TYPE_CHECKING:
+    from ray_apps.mine import Neighbours, Search
 
 
 @settings
@@ -31,9 +35,11 @@ class Inputs:
 
 @settings
 class EmbedRecipe:
-    """How the catalogue is cut."""
+    """What is kept of vectors."""
 
-    num_shards: Annotated[int, meaning("shard files per data set; 0: one per 5,000 products", "shards", ge=0)] = 0
+    kind: Annotated[
+        VectorType, meaning("numbers of product vectors; int8 takes a quarter of the disk and errs by up to .01 cosine")
+    ] = "float16"
 
 
 @settings
@@ -58,8 +64,17 @@ class SearchPlacement:
     """Where encoding and search run, for jobs that do both."""
 
     embed: EmbedPlacement = EmbedPlacement()
-    num_search_actors: Annotated[int, meaning("actors that hold FAISS shards; at most one per shard", ge=1)] = 2
+    num_search_actors: Annotated[int, meaning("actors that search, at most", ge=1)] = 2
     threads_per_search_actor: Annotated[int, meaning("CPUs and threads of each", "CPUs", ge=1)] = 1
+    search_on_gpu: Annotated[bool, meaning("one GPU per search actor")] = False
+    own_scores: Annotated[
+        float,
+        meaning(
+            "queries times products up to which the job searches itself, without a GPU: sooner done than actors start",
+            "inner products",
+            ge=0,
+        ),
+    ] = 2e9
 
 
 @settings
@@ -75,19 +90,23 @@ class Config:
 
 @dataclass(frozen=True)
 class Catalog:
-    """The products of one data set in id order, and where an encoder's vectors of them lie."""
+    """The products of one data set in id order, with the fingerprint of their texts."""
 
     dataset: str
     products: pa.Table
     print: str
 
-    def folder(self, lake: Lake, model: str) -> str:
-        """Folder of the shard files of an encoder, by its fingerprint."""
-        return lake.path("vectors", model, self.dataset, self.print)
+    def store(self, lake: Lake, model: str, recipe: EmbedRecipe) -> VectorStore:
+        """Where vectors of an encoder are kept, by its fingerprint."""
+        return VectorStore(lake.path("vectors", model, self.dataset, recipe.kind))
 
-    def shards(self, lake: Lake, model: str, recipe: EmbedRecipe) -> list[Shard]:
-        """The shards of an encoder, whether their files are there or not."""
-        return plan_shards(self.folder(lake, model), len(self.products), recipe.num_shards)
+    def vectors(self, lake: Lake, model: str, recipe: EmbedRecipe) -> CatalogVectors:
+        """The vectors of an encoder, whose rows are those of `products`.
+
+        Raises:
+            StoreError: some products have none yet.
+        """
+        return self.store(lake, model, recipe).vectors(self.products["product_hash"])
 
 
 def read_catalogs(lake: Lake, version: int, datasets: Sequence[str] = ()) -> list[Catalog]:
@@ -113,14 +132,14 @@ def embed(
     recipe: EmbedRecipe,
     placement: EmbedPlacement,
 ) -> dict[tuple[str, str], str]:
-    """Encodes catalogues and queries with every model, and lists the shard files in embedding_manifest.
+    """Encodes what has no vectors yet, with every model, and lists the files of vectors in embedding_manifest.
 
     Args:
         current: the run on whose behalf.
         catalogs: of the data sets wanted.
         models: fingerprint -> folder.
         queries: data set -> texts.
-        recipe: number of shards.
+        recipe: what is kept.
         placement: where it runs.
 
     Returns:
@@ -132,9 +151,10 @@ def embed(
     parts, query_files = [], {}
     for model, folder in models.items():
         for catalog in catalogs:
-            parts += app.plan_products(folder, catalog.products, catalog.shards(current.lake, model, recipe))
+            store = catalog.store(current.lake, model, recipe)
+            parts += app.plan_products(folder, catalog.products, store, recipe.kind, placement.num_workers)
             if queries.get(catalog.dataset):
-                part = app.plan_queries(folder, queries[catalog.dataset], catalog.folder(current.lake, model))
+                part = app.plan_queries(folder, queries[catalog.dataset], store.folder)
                 query_files[model, catalog.dataset] = part.path
                 parts.append(part)
     app.embed(
@@ -152,27 +172,58 @@ def embed(
     return query_files
 
 
+def search(searches: Sequence[Search], k: int, placement: SearchPlacement, run_folder: str = "") -> list[Neighbours]:
+    """The k nearest products of every query, where the placement says; see `ray_apps.mine.mine`."""
+    from ray_apps import mine as app
+
+    if placement.search_on_gpu or sum(one.num_scores for one in searches) > placement.own_scores:
+        connect(placement.embed.ray)
+    return app.mine(
+        searches,
+        k,
+        num_actors=placement.num_search_actors,
+        threads_per_actor=placement.threads_per_search_actor,
+        use_gpu=placement.search_on_gpu,
+        own_scores=placement.own_scores,
+        run_folder=run_folder,
+    )
+
+
 def _write_manifest(current: Run, model: str, catalog: Catalog, recipe: EmbedRecipe) -> None:
+    vectors = catalog.vectors(current.lake, model, recipe)
+    names = ["path", "sha256"]
+    where = tables.equal_to({"model": model, "dataset": catalog.dataset})
+    # files never change: one that was hashed once is not read for it again
+    known = {}
+    if tables.exists(current.lake, EMBEDDING_MANIFEST):
+        held = tables.rows(current.lake, EMBEDDING_MANIFEST, columns=names, where=where)
+        known = dict(zip(*(held[name].to_pylist() for name in names), strict=True))
     rows = []
-    for shard in catalog.shards(current.lake, model, recipe):
-        with Path(shard.path).open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    for number, (path, used) in enumerate(zip(vectors.paths, np.bincount(vectors.file_P).tolist(), strict=True)):
+        relative = current.lake.relative(path)
         rows.append(
             {
                 "run_id": current.run_id,
                 "dataset": catalog.dataset,
                 "model": model,
                 "catalog": catalog.print,
-                "shard": shard.number,
-                "path": current.lake.relative(shard.path),
-                "num_rows": shard.num_rows,
-                "width": shard.vectors().shape[1],
-                "sha256": digest,
+                "shard": number,
+                "path": relative,
+                "num_rows": vectors.rows_of(number),
+                "width": vectors.width,
+                "sha256": known.get(relative) or _sha256(path),
+                "kind": recipe.kind,
+                "num_used": used,
             }
         )
     key = {"model": model, "dataset": catalog.dataset, "catalog": catalog.print}
     data = pa.Table.from_pylist(rows, schema=EMBEDDING_MANIFEST.schema)
     tables.replace(current.lake, EMBEDDING_MANIFEST, data, run_id=current.run_id, where=tables.equal_to(key))
+
+
+def _sha256(path: str) -> str:
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def encoder_folder(lake: Lake, value: str, key: str) -> str:

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from conf.load import ConfigError, fingerprint, meaning, settings
 from embeddings.evaluation import DEPTH, Measured, fit_thresholds, gains, judged_pairs, measure
 from embeddings.recipes import EncoderRecipe
-from embeddings.shards import Shard, pair_scores
 from embeddings.text import TextRecipe
+from embeddings.vectors import CatalogVectors
 from jobs import job
-from jobs.embed_catalog import EmbedRecipe, SearchPlacement, embed, encoder_folder
+from jobs.embed_catalog import EmbedRecipe, SearchPlacement, embed, encoder_folder, search
 from jobs.judged_queries import READ, Judged, import_mapped, read_judged
 from lake import tables
 from lake.runs import Run, RunRecord
@@ -157,26 +157,23 @@ def measure_encoders(
     texts = {own.catalog.dataset: own.texts for own in judged}
     models = {prints[name]: folder for name, folder in folders.items()}
     files = embed(current, [own.catalog for own in judged], models, texts, embedding, placement.embed)
-    work = [(name, own, np.load(files[prints[name], own.catalog.dataset])) for name in folders for own in judged]
-    rankings = app.mine(
-        [
-            app.Search(own.catalog.shards(current.lake, prints[name], embedding), query_QD[: len(own.measured)])
-            for name, own, query_QD in work
-        ],
-        DEPTH,
-        num_actors=placement.num_search_actors,
-        threads_per_actor=placement.threads_per_search_actor,
+    work = [
+        (name, own, own.catalog.vectors(current.lake, prints[name], embedding), np.load(files[prints[name], dataset]))
+        for name in folders
+        for own in judged
+        for dataset in (own.catalog.dataset,)
+    ]
+    rankings = search(
+        [app.Search(vectors, query_QD[: len(own.measured)]) for _, own, vectors, query_QD in work], DEPTH, placement
     )
     return {
-        (name, own.catalog.dataset): _measure_one(
-            own, own.catalog.shards(current.lake, prints[name], embedding), query_QD, ranking.row_QK
-        )
-        for (name, own, query_QD), ranking in zip(work, rankings, strict=True)
+        (name, own.catalog.dataset): _measure_one(own, vectors, query_QD, ranking.row_QK)
+        for (name, own, vectors, query_QD), ranking in zip(work, rankings, strict=True)
     }
 
 
 def _measure_one(
-    own: Judged, shards: Sequence[Shard], query_QD: NDArray[np.float32], row_QK: NDArray[np.int64]
+    own: Judged, vectors: CatalogVectors, query_QD: NDArray[np.float32], row_QK: NDArray[np.int64]
 ) -> Measured:
     """One encoder on one data set, with the thresholds of its grade bands where there are calibration queries."""
     ids = own.catalog.products["product_id"].to_pylist()
@@ -186,7 +183,7 @@ def _measure_one(
     query_N = np.array([place for place, _, _ in pairs], dtype=np.int64)
     row_N = np.array([row_of[product] for _, product, _ in pairs], dtype=np.int64)
     grade_N = np.array([grade for _, _, grade in pairs], dtype=np.int8)
-    score_N = pair_scores(shards, query_QD, query_N, row_N)
+    score_N = vectors.pair_scores(query_QD, query_N, row_N)
     is_measured_N = query_N < len(own.measured)
     ranked = [[ids[row] for row in rows] for rows in row_QK.tolist()]
     measured = measure(own.measured, ranked, score_N[is_measured_N], titles)

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from conf.load import fingerprint, meaning, settings
 from embeddings.candidates import CandidateRecipe, Pairs, RelevancePrior, WordMatcher, fit_prior, nearest, union
 from embeddings.labeller import load_labeller_card
-from embeddings.shards import pair_scores
 from embeddings.text import TextRecipe, product_text
 from jobs import cost, job, labelling, models
 from jobs.catalog_report import catalog_page
@@ -237,7 +236,7 @@ class _DatasetCandidates:
     ) -> None:
         self.current, self.catalog, self.queries, self.query_QD = current, catalog, queries, query_QD
         self.recipe = recipe.candidates
-        self.shards = catalog.shards(current.lake, model, recipe.embedding)
+        self.vectors = catalog.vectors(current.lake, model, recipe.embedding)
         fields = [catalog.products[name].to_pylist() for name in ("title", "brand", "category", "description")]
         what = TextRecipe()
         texts = [
@@ -270,7 +269,7 @@ class _DatasetCandidates:
         engaged, demand_Q = self._engagement()
         found = [*_by_source(kept, kept_pairs), ("engagement", engaged), *self._found(new_Q, new_P)]
         (query_N, product_N), sources = union(found, len(product_hash))
-        cosine_N = pair_scores(self.shards, self.query_QD, query_N, product_N)
+        cosine_N = self.vectors.pair_scores(self.query_QD, query_N, product_N).astype(np.float64)
         coverage_N = self.words.coverage(query_N, product_N)
         relevance_N = self._prior()(cosine_N, coverage_N)
         size = len(query_N)
@@ -295,7 +294,7 @@ class _DatasetCandidates:
 
     def _found(self, new_Q: NDArray[np.int64], new_P: NDArray[np.int64]) -> list[tuple[str, Pairs]]:
         """Queries of new products and products of new queries, by words and by cosine."""
-        recipe, product_PD = self.recipe, np.concatenate([shard.vectors() for shard in self.shards])
+        recipe, product_PD = self.recipe, self.vectors.take(np.arange(len(self.vectors)))
         by_product = nearest(product_PD[new_P], self.query_QD, recipe.embedding_per_product)
         by_query = nearest(self.query_QD[new_Q], product_PD, recipe.products_per_new_query)
         return [
@@ -337,7 +336,7 @@ class _DatasetCandidates:
         judged = judged.take(pa.array(np.arange(0, len(judged), step)))
         (query_J, product_J), is_valid = self._rows_of(judged)
         is_relevant_J = judged["grade"].to_numpy()[is_valid] >= 1
-        cosine_J = pair_scores(self.shards, self.query_QD, query_J, product_J)
+        cosine_J = self.vectors.pair_scores(self.query_QD, query_J, product_J)
         return fit_prior(cosine_J, self.words.coverage(query_J, product_J), is_relevant_J)
 
     def _rows_of(self, pairs: pa.Table) -> tuple[Pairs, NDArray[np.bool_]]:

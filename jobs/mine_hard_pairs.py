@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from conf.load import meaning, settings
 from embeddings.mining import MiningRecipe, select_candidates
-from embeddings.shards import pair_scores
 from jobs import job, labelling
-from jobs.embed_catalog import Catalog, EmbedRecipe, SearchPlacement, embed, encoder_folder, read_catalogs
+from jobs.embed_catalog import Catalog, EmbedRecipe, SearchPlacement, embed, encoder_folder, read_catalogs, search
 from lake import tables
 from lake.runs import RunRecord
 from lake.schemas import MINED_PAIR
@@ -77,25 +76,22 @@ def run(config: Config) -> RunRecord:
     files = embed(current, catalogs, {model: folder}, texts, recipe.embedding, config.placement.embed)
     searches = [
         app.Search(
-            catalog.shards(current.lake, model, recipe.embedding),
+            catalog.vectors(current.lake, model, recipe.embedding),
             np.load(files[model, catalog.dataset], allow_pickle=False),
             _searched(catalog, instances[catalog.dataset], recipe.scope),
         )
         for catalog in catalogs
     ]
-    found = app.mine(
-        searches,
-        recipe.mining.depth,
-        num_actors=config.placement.num_search_actors,
-        threads_per_actor=config.placement.threads_per_search_actor,
-    )
+    run_folder = current.lake.path("runs", current.fingerprint)
+    found = search(searches, recipe.mining.depth, config.placement, run_folder)
     rows = [
         row | {"model": model, "round": ROUND, "run_id": current.run_id}
-        for catalog, search, neighbours in zip(catalogs, searches, found, strict=True)
-        for row in _mined_rows(catalog, instances[catalog.dataset], search, neighbours, recipe.mining)
+        for catalog, one, neighbours in zip(catalogs, searches, found, strict=True)
+        for row in _mined_rows(catalog, instances[catalog.dataset], one, neighbours, recipe.mining)
     ]
     data = pa.Table.from_pylist(rows, schema=MINED_PAIR.schema)
     version = tables.replace(current.lake, MINED_PAIR, data, run_id=current.run_id)
+    app.drop_kept(run_folder)
     counts = {f"{band}_pairs": sum(row["band"] == band for row in rows) for band in ("top", "tail")}
     counts["queries"] = sum(len(own) for own in instances.values())
     return current.finish(rows=len(rows), outputs={"mined_pair": version}, counts=counts)
@@ -116,12 +112,12 @@ def _searched(catalog: Catalog, instances: Sequence[Mapping[str, Any]], scope: s
 def _mined_rows(
     catalog: Catalog,
     instances: Sequence[Mapping[str, Any]],
-    search: Search,
+    searched: Search,
     found: Neighbours,
     recipe: MiningRecipe,
 ) -> list[dict[str, Any]]:
     ids = catalog.products["product_id"].to_pylist()
-    lowest = _lowest_positives(ids, instances, search)
+    lowest = _lowest_positives(ids, instances, searched)
     rows = []
     for place, instance in enumerate(instances):
         retrieved = [ids[row] for row in found.row_QK[place].tolist()]
@@ -135,7 +131,7 @@ def _mined_rows(
                 "rank": candidate.rank,
                 "score": float(found.score_QK[place, candidate.rank - 1]),
                 "band": candidate.band,
-                "shard": int(found.shard_QK[place, candidate.rank - 1]),
+                "shard": int(searched.vectors.file_P[found.row_QK[place, candidate.rank - 1]]),
                 "lowest_positive": lowest.get(place),
             }
             for candidate in select_candidates(key, retrieved, judged, recipe=recipe)
@@ -143,7 +139,7 @@ def _mined_rows(
     return rows
 
 
-def _lowest_positives(ids: Sequence[str], instances: Sequence[Mapping[str, Any]], search: Search) -> dict[int, float]:
+def _lowest_positives(ids: Sequence[str], instances: Sequence[Mapping[str, Any]], searched: Search) -> dict[int, float]:
     """Lowest cosine of each query's products of its best grade, by the query's place; none where that is 0."""
     row_of = {product: row for row, product in enumerate(ids)}
     best = [max(instance["grades"]) for instance in instances]
@@ -155,7 +151,8 @@ def _lowest_positives(ids: Sequence[str], instances: Sequence[Mapping[str, Any]]
     ]
     place_N, row_N = np.array(positives, dtype=np.int64).reshape(-1, 2).T
     found: dict[int, float] = {}
-    for place, score in zip(place_N.tolist(), pair_scores(search.shards, search.query_QD, place_N, row_N), strict=True):
+    score_N = searched.vectors.pair_scores(searched.query_QD, place_N, row_N)
+    for place, score in zip(place_N.tolist(), score_N, strict=True):
         found[place] = min(float(score), found.get(place, float(score)))
     return found
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import numpy as np
 
 from conf.load import ConfigError, meaning, settings
-from embeddings.shards import Shard
 from embeddings.text import normalise_query
+from embeddings.vectors import CatalogVectors, StoreError
 from jobs import embed_catalog, job
 from jobs.embed_catalog import Catalog, EmbedPlacement, EmbedRecipe, read_catalogs
 from jobs.models import encoder_folder
@@ -82,8 +82,8 @@ def search(config: Config) -> list[dict[str, Any]]:
     if not catalogs:
         raise ConfigError(f"recipe.dataset={config.recipe.dataset!r}: lake={lake.root} has no products of it")
     for catalog in catalogs:
-        shards = _shards(config, lake, catalog, folder, print_)
-        hits += _best(catalog, shards, query_D, config.recipe.num_products, _thresholds(lake, catalog.dataset, print_))
+        vectors = _vectors(config, lake, catalog, folder, print_)
+        hits += _best(catalog, vectors, query_D, config.recipe.num_products, _thresholds(lake, catalog.dataset, print_))
     return sorted(hits, key=lambda hit: (-hit["score"], hit["dataset"], hit["product_id"]))[
         : config.recipe.num_products
     ]
@@ -95,9 +95,10 @@ def run(config: Config) -> RunRecord:
     return current.finish(rows=len(search(config)), outputs={})
 
 
-def _shards(config: Config, lake: Lake, catalog: Catalog, folder: str, model: str) -> list[Shard]:
-    shards = catalog.shards(lake, model, config.recipe.embedding)
-    if not all(shard.is_complete for shard in shards):
+def _vectors(config: Config, lake: Lake, catalog: Catalog, folder: str, model: str) -> CatalogVectors:
+    try:
+        return catalog.vectors(lake, model, config.recipe.embedding)
+    except StoreError:
         embed_catalog.run(
             embed_catalog.Config(
                 lake=config.lake,
@@ -107,15 +108,15 @@ def _shards(config: Config, lake: Lake, catalog: Catalog, folder: str, model: st
                 placement=config.placement,
             )
         )
-    return shards
+    return catalog.vectors(lake, model, config.recipe.embedding)
 
 
 def _best(
-    catalog: Catalog, shards: Sequence[Shard], query_D: np.ndarray[Any, Any], count: int, thresholds: Sequence[float]
+    catalog: Catalog, vectors: CatalogVectors, query_D: np.ndarray[Any, Any], count: int, thresholds: Sequence[float]
 ) -> list[dict[str, Any]]:
-    score_P = np.concatenate([shard.vectors() @ query_D for shard in shards])
-    # rows stand in id order, so a stable sort breaks ties by product id
-    rows = np.argsort(-score_P, kind="stable")[:count]
+    from embeddings.exact import ExactSearch
+
+    score_1K, row_1K = ExactSearch(vectors, np.arange(len(vectors))).search(query_D[None], count)
     return [
         {
             "dataset": catalog.dataset,
@@ -125,7 +126,7 @@ def _best(
             "score": float(score),
             "grade": sum(float(score) >= threshold for threshold in thresholds),
         }
-        for product, score in zip(catalog.products.take(rows).to_pylist(), score_P[rows], strict=True)
+        for product, score in zip(catalog.products.take(row_1K[0]).to_pylist(), score_1K[0], strict=True)
     ]
 
 

@@ -795,7 +795,7 @@ MINED_PAIR = TableSpec(
         Column("rank", INT32, "place among the query's neighbours, first is 1", "rank"),
         Column("score", FLOAT64, "cosine of query and product", "-1..1"),
         Column("band", STRING, "top (rank <= k/2, may hold hard negatives) or tail (may hold hard positives)"),
-        Column("shard", INT32, "shard of the catalogue that held the product"),
+        Column("shard", INT32, "file of vectors that held the product, as numbered in embedding_manifest"),
         Column("model", STRING, "fingerprint of the encoder"),
         Column("round", INT32, "mining round, first is 1"),
         _RUN,
@@ -811,19 +811,21 @@ MINED_PAIR = TableSpec(
 
 EMBEDDING_MANIFEST = TableSpec(
     "embedding_manifest",
-    "Shard files of product vectors, one row per file.",
+    "Files of product vectors that a catalogue uses, one row per file.",
     "delta-rs",
     ("model", "dataset", "catalog", "shard"),
     (
         _RUN,
         _DATASET,
         Column("model", STRING, "fingerprint of the encoder"),
-        Column("catalog", STRING, "fingerprint of the products encoded"),
-        Column("shard", INT32, "number of the shard, first is 0"),
-        Column("path", STRING, "shard file, relative to the lake"),
+        Column("catalog", STRING, "fingerprint of the catalogue"),
+        Column("shard", INT32, "number of the file among the catalogue's, first is 0"),
+        Column("path", STRING, "file, relative to the lake"),
         Column("num_rows", INT64, "vectors in the file", "rows"),
         Column("width", INT32, "length of a vector"),
         Column("sha256", STRING, "hash of the file", "hex"),
+        Column("kind", STRING, "numbers that it holds: float32, float16 or int8", nullable=True),
+        Column("num_used", INT64, "products of the catalogue whose vectors lie in it", "rows", nullable=True),
     ),
 )
 

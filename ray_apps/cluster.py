@@ -81,6 +81,26 @@ def check_resources(num_cpus: float, num_gpus: float = 0) -> None:
             )
 
 
+def check_memory(num_bytes: int, what: str) -> None:
+    """Refuses work that fits into the memory of no node.
+
+    Args:
+        num_bytes: of one process.
+        what: names that process.
+
+    Raises:
+        ConfigError: no node has so much.
+    """
+    import ray
+
+    most = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    if num_bytes > most:
+        raise ConfigError(
+            f"placement: {what} takes about {num_bytes / 1e6:,.0f} MB, the largest node has {most / 1e6:,.0f} MB for "
+            "all its work; take fewer queries at once or a larger node"
+        )
+
+
 def quiet_data() -> None:
     """Keeps Ray Data's plans and summaries in its log files; warnings still reach the terminal."""
     import ray.data

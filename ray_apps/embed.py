@@ -1,7 +1,8 @@
 """Texts to vectors over a pool of Ray Data actors: one block of rows in, one file of vectors out.
 
-A file that is complete is never computed again, so a killed run goes on where it was. Queries and products of
-several models are parts of one run: the actors start once, and starting one (torch, weights) costs seconds.
+Products whose texts the store of an encoder holds are not computed again, so that a killed run goes on where it was and
+a night of few changes encodes those alone. Queries and products of several models are parts of one run: the actors
+start once, and starting one (torch, weights) costs seconds.
 
 P products, D width of a vector.
 """
@@ -13,20 +14,22 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import ray
 
-from embeddings.shards import Shard, has_rows, texts_print, write_vectors
 from embeddings.text import normalise_query, product_text
+from embeddings.vectors import FILE_ROWS, QUERIES, VectorStore, VectorType, has_rows, texts_print, write_vectors
 from lake.progress import write_progress
 from ray_apps.cluster import check_resources, quiet_data
 
 log = logging.getLogger(__name__)
 
 FIELDS = ("title", "brand", "category", "description")
+_LEAST_ROWS = 1_000
+"""Texts for which another worker is worth its start."""
 
 
 @dataclass(frozen=True)
@@ -37,35 +40,43 @@ class Part:
         model: folder of the encoder.
         side: which of its heads.
         path: the file.
-        ids: an id per row, kept beside the vectors.
+        kind: of number that it holds.
+        hashes: of the texts, kept beside the vectors; a query's is its text.
         fields: title, brand, category, description; a query is a title.
     """
 
     model: str
     side: Literal["query", "document"]
     path: str
-    ids: pa.Array
+    kind: VectorType
+    hashes: pa.Array
     fields: pa.Table
 
     @property
     def is_complete(self) -> bool:
         """Whether the file is there with all its rows."""
-        return has_rows(self.path, len(self.ids))
+        return has_rows(self.path, len(self.hashes))
 
 
-def plan_products(model: str, catalog: pa.Table, shards: Sequence[Shard]) -> list[Part]:
-    """A part per shard of a catalogue, whose rows are in the order of product_id."""
-    ids = catalog["product_id"].combine_chunks()
-    return [
-        Part(
-            model,
-            "document",
-            shard.path,
-            ids.slice(shard.first_row, shard.num_rows),
-            catalog.select(FIELDS).slice(shard.first_row, shard.num_rows),
-        )
-        for shard in shards
-    ]
+def plan_products(model: str, catalog: pa.Table, store: VectorStore, kind: VectorType, num_workers: int) -> list[Part]:
+    """Parts for the products whose texts the store lacks, each text once.
+
+    Args:
+        model: folder of the encoder.
+        catalog: products with product_hash, in an order that does not change from run to run.
+        store: the encoder's vectors of that data set.
+        kind: of number that is stored.
+        num_workers: there are as many parts at least, where there are texts enough for them.
+    """
+    missing = store.missing(catalog["product_hash"])
+    first = {text: row for row, text in reversed(list(enumerate(catalog["product_hash"].to_pylist())))}
+    count = max(1, -(-len(missing) // FILE_ROWS), min(num_workers, len(missing) // _LEAST_ROWS))
+    parts = []
+    for number in range(count if missing else 0):
+        own = missing[len(missing) * number // count : len(missing) * (number + 1) // count]
+        fields = catalog.select(FIELDS).take([first[text] for text in own])
+        parts.append(Part(model, "document", store.path_of(own), kind, pa.array(own, pa.string()), fields))
+    return parts
 
 
 def plan_queries(model: str, texts: Sequence[str], folder: str | Path) -> Part:
@@ -73,8 +84,8 @@ def plan_queries(model: str, texts: Sequence[str], folder: str | Path) -> Part:
     normal = [normalise_query(text) for text in texts]
     nothing = pa.nulls(len(normal), pa.string())
     fields = pa.table(dict(zip(FIELDS, (pa.array(normal, pa.string()), nothing, nothing, nothing), strict=True)))
-    path = Path(folder, f"queries-{texts_print(normal)}.npy")
-    return Part(model, "query", str(path), pa.array(texts, pa.string()), fields)
+    path = Path(folder, f"{QUERIES}{texts_print(normal)}.npy")
+    return Part(model, "query", str(path), "float32", pa.array(texts, pa.string()), fields)
 
 
 def embed(
@@ -106,22 +117,22 @@ def embed(
     if not missing:
         return 0
     blocks = [
-        part.fields.append_column("id", part.ids).append_column(
-            "part", pa.array(np.full(len(part.ids), number, dtype=np.int64))
+        part.fields.append_column("hash", part.hashes).append_column(
+            "part", pa.array(np.full(len(part.hashes), number, dtype=np.int64))
         )
         for number, part in enumerate(missing)
     ]
-    total, encoded, started = sum(len(part.ids) for part in missing), 0, time.monotonic()
-    given = [(part.model, part.side, part.path, len(part.ids)) for part in missing], threads_per_worker, use_gpu
+    total, encoded, started = sum(len(part.hashes) for part in missing), 0, time.monotonic()
+    given = [_Job(part.model, part.side, part.path, part.kind, len(part.hashes)) for part in missing]
     if total <= own_texts and not use_gpu:
-        done = _encode_here(blocks, _PartEncoder(*given, batch_tokens))
+        done = _encode_here(blocks, _PartEncoder(given, threads_per_worker, use_gpu, batch_tokens))
     else:
         size = min(num_workers, len(missing))
         check_resources(size * threads_per_worker, size * int(use_gpu))
         quiet_data()
         pool = ray.data.from_arrow(blocks).map_batches(
             _PartEncoder,
-            fn_constructor_args=(*given, batch_tokens),
+            fn_constructor_args=(given, threads_per_worker, use_gpu, batch_tokens),
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=size),
@@ -149,16 +160,20 @@ def _encode_here(blocks: Sequence[pa.Table], encoder: _PartEncoder) -> Iterator[
         torch.set_num_threads(before)
 
 
+class _Job(NamedTuple):
+    """What an actor must know of a part beside its texts."""
+
+    model: str
+    side: Literal["query", "document"]
+    path: str
+    kind: VectorType
+    num_rows: int
+
+
 class _PartEncoder:
     """Holds one encoder in one process and writes the files of its parts."""
 
-    def __init__(
-        self,
-        parts: Sequence[tuple[str, Literal["query", "document"], str, int]],
-        threads: int,
-        use_gpu: bool,
-        tokens: int,
-    ) -> None:
+    def __init__(self, parts: Sequence[_Job], threads: int, use_gpu: bool, tokens: int) -> None:
         self._parts, self._threads, self._tokens = parts, threads, tokens
         self._device = "cuda" if use_gpu else "cpu"
         self._loaded: tuple[str, Any, Any] | None = None
@@ -170,21 +185,21 @@ class _PartEncoder:
         from embeddings.encoder import encode
 
         torch.set_num_threads(self._threads)
-        folder, side, path, num_rows = self._parts[block["part"][0].as_py()]
-        if block.num_rows != num_rows:
-            raise ValueError(f"{path}: expected {num_rows} texts in one block, got {block.num_rows}")
-        model, recipe = self._load(folder)
+        part = self._parts[block["part"][0].as_py()]
+        if block.num_rows != part.num_rows:
+            raise ValueError(f"{part.path}: expected {part.num_rows} texts in one block, got {block.num_rows}")
+        model, recipe = self._load(part.model)
         columns = [block[name].to_pylist() for name in FIELDS]
-        if side == "query":
+        if part.side == "query":
             texts = columns[0]
         else:
             texts = [
                 product_text(title, brand, category, description, recipe)
                 for title, brand, category, description in zip(*columns, strict=True)
             ]
-        vector_PD = encode(model, texts, side, batch_tokens=self._tokens, bf16=has_fast_bf16(self._device))
-        write_vectors(path, vector_PD, block["id"].to_pylist())
-        return pa.table({"num_rows": [num_rows]})
+        vector_PD = encode(model, texts, part.side, batch_tokens=self._tokens, bf16=has_fast_bf16(self._device))
+        write_vectors(part.path, vector_PD, block["hash"].to_pylist(), kind=part.kind)
+        return pa.table({"num_rows": [part.num_rows]})
 
     def _load(self, folder: str) -> tuple[Any, Any]:
         from embeddings.encoder import load_encoder

@@ -1,30 +1,49 @@
-"""Exact nearest products over sharded vectors: FAISS shards in Ray actors, queries fanned out, results merged.
+"""Nearest products over a catalogue's vectors: parts of it times blocks of queries, over a pool of Ray actors.
 
-The processes that import FAISS never import torch (loading both can crash), hence vectors come from files and even
-the merge runs in the actors. What is found is the same to the bit for any number of shards and actors.
+Vectors are files, so any actor can do any piece of work: an actor stays with the part that its memory holds already, a
+piece whose actor died or lags behind goes to another, and blocks of queries that are done are kept for a run that goes
+on. What is found is exact and the same to the bit, whatever the number of parts, blocks and actors
+(`embeddings.exact`).
 
-Q queries, P products, K found products, D width of a vector.
+Q queries, B queries of a block, P products, K found products, D width of a vector.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import logging
+import os
+import shutil
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
+from ray.exceptions import RayActorError
 
-from embeddings.shards import Shard, shard_of_rows
-from ray_apps.cluster import check_resources
+from embeddings.topk import merge_topk
+from embeddings.vectors import CatalogVectors
+from lake.progress import write_progress
+from ray_apps.cluster import check_memory, check_resources
 
 log = logging.getLogger(__name__)
 
-_BLOCK_QUERIES = 1024
-"""Queries of one remote call: 1.5 MB at width 384, and a line of progress every few seconds."""
+_PART_ROWS: Final = 1_000_000
+"""Rows of a part: 770 MB of float16 at width 384, which page caches of small nodes hold."""
+_BLOCK_QUERIES: Final = 8_192
+"""Queries of a block at most, for which a part's tiles are read and converted once."""
+_LEAST_BLOCK: Final = 2_048
+_MOST_LOSSES: Final = 20
+"""Actors lost in one search, after which it ends: something kills them all."""
+_LATE: Final = 2.0
+"""A piece of work that takes so many times the mean is given to an idle actor as well."""
+_LATE_SEC: Final = 10.0
 
 
 @dataclass(frozen=True)
@@ -32,14 +51,24 @@ class Search:
     """Queries to be looked up in one catalogue.
 
     Attributes:
-        shards: files of the catalogue's vectors.
+        vectors: of the catalogue.
         query_QD: query vectors, float32.
         is_kept_P: which catalogue rows may be found; None takes all.
     """
 
-    shards: Sequence[Shard]
+    vectors: CatalogVectors
     query_QD: NDArray[np.float32]
     is_kept_P: NDArray[np.bool_] | None = None
+
+    def rows(self) -> NDArray[np.int64]:
+        """Rows that may be found, as they lie on disk."""
+        kept = np.arange(len(self.vectors)) if self.is_kept_P is None else np.flatnonzero(self.is_kept_P)
+        return self.vectors.in_file_order(kept)
+
+    @property
+    def num_scores(self) -> int:
+        """Inner products that it takes."""
+        return len(self.query_QD) * (len(self.vectors) if self.is_kept_P is None else int(self.is_kept_P.sum()))
 
 
 class Neighbours(NamedTuple):
@@ -47,90 +76,305 @@ class Neighbours(NamedTuple):
 
     score_QK: NDArray[np.float32]
     row_QK: NDArray[np.int64]
-    shard_QK: NDArray[np.int64]
 
 
-def mine(searches: Sequence[Search], k: int, *, num_actors: int, threads_per_actor: int) -> list[Neighbours]:
+def mine(
+    searches: Sequence[Search],
+    k: int,
+    *,
+    num_actors: int,
+    threads_per_actor: int,
+    use_gpu: bool = False,
+    own_scores: float = 0.0,
+    run_folder: str = "",
+) -> list[Neighbours]:
     """The k nearest products of every query, one search after the other over the same actors.
 
     Args:
         searches: catalogues and their queries.
         k: products per query.
-        num_actors: at most; an actor holds one or more shards.
-        threads_per_actor: CPUs and FAISS threads of an actor.
+        num_actors: at most.
+        threads_per_actor: CPUs and threads of an actor.
+        use_gpu: gives each actor a GPU.
+        own_scores: searches of up to so many inner products in all are done in this process, unless a GPU is wanted.
+        run_folder: keeps finished blocks of queries for a run that goes on, and its progress; empty: neither.
+
+    Raises:
+        ConfigError: the cluster has not the CPUs, GPUs or memory.
+        RuntimeError: actors die again and again.
     """
-    size = min(num_actors, max(len(search.shards) for search in searches))
-    check_resources(size * threads_per_actor)
-    remote = ray.remote(_ShardHolder)
-    actors = [remote.options(num_cpus=threads_per_actor).remote(threads_per_actor) for _ in range(size)]
+    if not use_gpu and sum(search.num_scores for search in searches) <= own_scores:
+        return [_search_here(search, k, num_actors * threads_per_actor) for search in searches]
+    jobs = [_Job(search, k, num_actors, run_folder) for search in searches]
+    size = min(num_actors, max(len(job.waiting) for job in jobs))
+    if size:
+        pool = _Pool(size, threads_per_actor, use_gpu, max(job.num_bytes for job in jobs))
+        try:
+            for job in jobs:
+                pool.run(job)
+        finally:
+            pool.close()
+    return [job.neighbours() for job in jobs]
+
+
+def drop_kept(run_folder: str) -> None:
+    """Removes what searches of a run kept, once the run needs it no more."""
+    shutil.rmtree(_kept_folder(run_folder), ignore_errors=True)
+
+
+def _kept_folder(run_folder: str) -> Path:
+    return Path(run_folder, "neighbours")
+
+
+def _search_here(search: Search, k: int, threads: int) -> Neighbours:
+    """The search in this process, whose number of threads stays."""
+    import torch
+
+    from embeddings.exact import ExactSearch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        return [_search(actors, search, k) for search in searches]
+        return Neighbours(*ExactSearch(search.vectors, search.rows()).search(search.query_QD, k))
     finally:
-        for actor in actors:
-            ray.kill(actor)
+        torch.set_num_threads(before)
 
 
-def _search(actors: Sequence[Any], search: Search, k: int) -> Neighbours:
-    num_bytes = sum(shard.vectors().nbytes for shard in search.shards) + 12 * k * len(search.query_QD)
-    log.info(
-        "mine: %d queries over %d products in %d shards, about %d MB",
-        len(search.query_QD),
-        sum(shard.num_rows for shard in search.shards),
-        len(search.shards),
-        num_bytes // 1_000_000,
-    )
-    holders = actors[: len(search.shards)]
-    loaded = []
-    for number, holder in enumerate(holders):
-        own = list(search.shards[number :: len(holders)])
-        kept = [
-            None if search.is_kept_P is None else search.is_kept_P[shard.first_row : shard.first_row + shard.num_rows]
-            for shard in own
-        ]
-        loaded.append(holder.load.remote(own, kept))
-    ray.get(loaded)
-    merged = []
-    for number, start in enumerate(range(0, len(search.query_QD), _BLOCK_QUERIES)):
-        block = ray.put(search.query_QD[start : start + _BLOCK_QUERIES])
-        found = [holder.search.remote(block, k) for holder in holders]
-        merged.append(holders[number % len(holders)].merge.remote(k, *found))
-    started, parts = time.monotonic(), []
-    for number, reference in enumerate(merged, start=1):
-        parts.append(ray.get(reference))
-        log.info("mine: block %d of %d, %.1f s", number, len(merged), time.monotonic() - started)
-    score_QK, row_QK = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
-    return Neighbours(score_QK, row_QK, shard_of_rows(search.shards, row_QK))
+class _Piece(NamedTuple):
+    """A part of the catalogue for a block of queries."""
+
+    part: int
+    block: int
 
 
-class _ShardHolder:
-    """Actor that holds FAISS indexes of its shards."""
+class _Job:
+    """One search, cut into pieces, and what is done of it."""
 
-    def __init__(self, threads: int) -> None:
-        import faiss
+    def __init__(self, search: Search, k: int, num_actors: int, run_folder: str) -> None:
+        self.search, self.k, self.run_folder = search, k, run_folder
+        rows, num_queries = search.rows(), len(search.query_QD)
+        self.parts = np.array_split(rows, max(1, -(-len(rows) // _PART_ROWS)))
+        wanted = min(-(-num_actors // len(self.parts)), -(-num_queries // _LEAST_BLOCK))
+        count = max(1, wanted, -(-num_queries // _BLOCK_QUERIES))
+        bounds = [num_queries * number // count for number in range(count + 1)]
+        self.blocks = [slice(*pair) for pair in itertools.pairwise(bounds)]
+        self._folder = _kept_folder(run_folder) / self._print(rows) if run_folder else None
+        self._found: dict[int, Neighbours] = {}
+        self._left = dict.fromkeys(range(count), len(self.parts))
+        for block in self._left:
+            kept = self._kept(block)
+            if kept is not None:
+                self._found[block], self._left[block] = kept, 0
+        # part by part, so that an actor reads its part once for all blocks
+        numbers = range(len(self.parts))
+        self.waiting = [_Piece(part, block) for part in numbers for block, left in self._left.items() if left]
+        self._done: set[_Piece] = set()
+        self.total = len(self.waiting)
 
-        faiss.omp_set_num_threads(threads)
-        self._indexes: list[Any] = []
+    @property
+    def num_bytes(self) -> int:
+        """Memory of an actor at most, in bytes, beside the mapped files."""
+        from embeddings.exact import exact_search_bytes
 
-    def load(self, shards: Sequence[Shard], kept: Sequence[NDArray[np.bool_] | None]) -> None:
-        """Takes these shards in place of the former ones."""
-        from embeddings.ann import FlatShard
+        most = max(block.stop - block.start for block in self.blocks)
+        index = sum(array.nbytes for array in (self.search.vectors.file_P, self.search.vectors.place_P))
+        return exact_search_bytes(self.search.query_QD.shape[1], most, self.k) + index
 
-        self._indexes = []
-        for shard, is_kept in zip(shards, kept, strict=True):
-            row_P = np.arange(shard.first_row, shard.first_row + shard.num_rows)
-            vector_PD = shard.vectors()
-            if is_kept is not None:
-                row_P, vector_PD = row_P[is_kept], vector_PD[is_kept]
-            self._indexes.append(FlatShard(np.asarray(vector_PD), row_P))
+    @property
+    def is_done(self) -> bool:
+        """Whether all blocks are found."""
+        return not any(self._left.values())
 
-    def search(self, query_QD: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """The best k among the actor's own products."""
-        return self.merge(k, *(index.search(query_QD, k) for index in self._indexes))
+    def is_piece_done(self, piece: _Piece) -> bool:
+        """Whether another actor was sooner."""
+        return piece in self._done
 
-    def merge(
-        self, k: int, *found: tuple[NDArray[np.float32], NDArray[np.int64]]
+    def take(self, piece: _Piece, found: Neighbours) -> None:
+        """Merges what a piece of work found into its block, and keeps the block where it is the last."""
+        if piece in self._done:
+            return
+        self._done.add(piece)
+        before = self._found.get(piece.block)
+        if before is not None:
+            merged = merge_topk([before.score_QK, found.score_QK], [before.row_QK, found.row_QK], self.k)
+            found = Neighbours(*merged)
+        self._found[piece.block] = found
+        self._left[piece.block] -= 1
+        if not self._left[piece.block]:
+            self._keep(piece.block, found)
+
+    def neighbours(self) -> Neighbours:
+        """All blocks, in the order of the queries."""
+        found = [self._found[block] for block in sorted(self._found)]
+        score_QK, row_QK = (np.concatenate([part[side] for part in found]) for side in (0, 1))
+        return Neighbours(score_QK, row_QK)
+
+    def _print(self, rows: NDArray[np.int64]) -> str:
+        """16 hex digits that name the search and its cut."""
+        vectors, digest = self.search.vectors, hashlib.sha256()
+        digest.update(repr((self.k, len(self.blocks), vectors.paths)).encode())
+        for array in (rows, vectors.file_P, vectors.place_P, np.ascontiguousarray(self.search.query_QD)):
+            digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
+
+    def _kept(self, block: int) -> Neighbours | None:
+        if self._folder is None or not (path := self._path(block)).is_file():
+            return None
+        with np.load(path, allow_pickle=False) as arrays:
+            return Neighbours(arrays["score_QK"], arrays["row_QK"])
+
+    def _keep(self, block: int, found: Neighbours) -> None:
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._folder, prefix=".block-") as place:
+            fresh = Path(place, "block.npz")
+            np.savez(fresh, **found._asdict())
+            os.replace(fresh, self._path(block))
+
+    def _path(self, block: int) -> Path:
+        return Path(str(self._folder), f"block-{block:05d}-of-{len(self.blocks):05d}.npz")
+
+
+@dataclass
+class _Member:
+    """An actor, the part that it read last, and the piece of work it is at."""
+
+    actor: Any
+    part: int | None = None
+    piece: _Piece | None = None
+    since: float = 0.0
+
+
+@dataclass
+class _Given:
+    """References of a job's arrays in Ray's store, put there once."""
+
+    vectors: Any
+    parts: list[Any]
+    blocks: dict[int, Any] = field(default_factory=dict)
+
+
+class _Pool:
+    """Actors that search, replaced where they die."""
+
+    def __init__(self, size: int, threads: int, use_gpu: bool, num_bytes: int) -> None:
+        check_resources(size * threads, size * int(use_gpu))
+        check_memory(num_bytes, "a search actor")
+        self._threads, self._use_gpu = threads, use_gpu
+        self._options = ray.remote(_Searcher).options(
+            num_cpus=threads, num_gpus=int(use_gpu), memory=num_bytes, scheduling_strategy="SPREAD"
+        )
+        self._members = [self._start() for _ in range(size)]
+        self._losses = 0
+
+    def run(self, job: _Job) -> None:
+        """Does all pieces of a job."""
+        log.info(
+            "mine: %d queries over %d products (%d MB of vectors), %d parts times %d blocks, %d of %d pieces to do, "
+            "%d actors of %d MB",
+            len(job.search.query_QD),
+            sum(len(part) for part in job.parts),
+            job.search.vectors.num_bytes // 1_000_000,
+            len(job.parts),
+            len(job.blocks),
+            len(job.waiting),
+            len(job.parts) * len(job.blocks),
+            len(self._members),
+            job.num_bytes // 1_000_000,
+        )
+        given = _Given(ray.put(job.search.vectors), [ray.put(part) for part in job.parts])
+        running: dict[Any, _Member] = {}
+        started, seconds = time.monotonic(), []
+        while not job.is_done:
+            for member in self._members:
+                if member.piece is None:
+                    piece = self._next(job, member, seconds)
+                    if piece is not None:
+                        running[self._give(job, given, member, piece)] = member
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=_LATE_SEC)
+            for reference in ready:
+                member = running.pop(reference)
+                piece, member.piece = member.piece, None
+                try:
+                    found = ray.get(reference)
+                except RayActorError as error:
+                    self._replace(job, member, piece, error)
+                    continue
+                seconds.append(time.monotonic() - member.since)
+                if piece is not None:
+                    job.take(piece, Neighbours(*found))
+                self._tell(job, started)
+        # late twins of finished pieces are not waited for
+        for member in running.values():
+            ray.kill(member.actor)
+            member.actor, member.piece, member.part = self._start().actor, None, None
+
+    def close(self) -> None:
+        """Ends the actors."""
+        for member in self._members:
+            ray.kill(member.actor)
+
+    def _start(self) -> _Member:
+        return _Member(self._options.remote(self._threads, "cuda" if self._use_gpu else "cpu"))
+
+    def _next(self, job: _Job, member: _Member, seconds: Sequence[float]) -> _Piece | None:
+        """The next piece of the part that the actor has read, else of another; at the end a late one of others."""
+        if job.waiting:
+            own = (at for at, piece in enumerate(job.waiting) if piece.part == member.part)
+            return job.waiting.pop(next(own, 0))
+        if not seconds:
+            return None
+        bound = max(_LATE_SEC, _LATE * float(np.mean(seconds)))
+        at_work = [other for other in self._members if other.piece is not None]
+        pieces = [other.piece for other in at_work]
+        late = [other for other in at_work if time.monotonic() - other.since > bound and pieces.count(other.piece) == 1]
+        return min(late, key=lambda other: other.since).piece if late else None
+
+    def _give(self, job: _Job, given: _Given, member: _Member, piece: _Piece) -> Any:
+        if piece.block not in given.blocks:
+            given.blocks[piece.block] = ray.put(np.ascontiguousarray(job.search.query_QD[job.blocks[piece.block]]))
+        member.piece, member.part, member.since = piece, piece.part, time.monotonic()
+        return member.actor.search.remote(given.vectors, given.parts[piece.part], given.blocks[piece.block], job.k)
+
+    def _replace(self, job: _Job, member: _Member, piece: _Piece | None, error: RayActorError) -> None:
+        """Puts another actor in the place of one that died; its work goes back to what waits."""
+        self._losses += 1
+        if self._losses > _MOST_LOSSES:
+            raise RuntimeError(
+                f"mine: {self._losses} search actors died, the last with: {error}; look whether their memory is "
+                "short (placement.num_search_actors) or a node is ill"
+            ) from error
+        log.warning("mine: a search actor died, another takes its place: %s", str(error).splitlines()[0])
+        member.actor, member.part = self._start().actor, None
+        others = {other.piece for other in self._members if other is not member}
+        if piece is not None and not job.is_piece_done(piece) and piece not in others:
+            job.waiting.append(piece)
+
+    def _tell(self, job: _Job, started: float) -> None:
+        done, elapsed = job.total - len(job.waiting), time.monotonic() - started
+        log.info("mine: %d of %d pieces, %.1f s", done, job.total, elapsed)
+        if job.run_folder:
+            write_progress(job.run_folder, done=done, total=job.total, note="pieces of work searched")
+
+
+class _Searcher:
+    """Actor that searches parts of catalogues."""
+
+    def __init__(self, threads: int, device: str) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._device = device
+
+    def pid(self) -> int:
+        """Process of the actor."""
+        return os.getpid()
+
+    def search(
+        self, vectors: CatalogVectors, row_P: NDArray[np.int64], query_BD: NDArray[np.float32], k: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """The best k of several results for the same queries."""
-        from embeddings.ann import merge_topk
+        """The best k of each query among these rows."""
+        from embeddings.exact import ExactSearch
 
-        return merge_topk([score for score, _ in found], [row for _, row in found], k)
+        return ExactSearch(vectors, row_P, device=self._device).search(query_BD, k)

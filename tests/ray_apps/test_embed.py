@@ -8,8 +8,9 @@ import torch
 
 from embeddings.encoder import build_encoder, encode, load_encoder, save_encoder
 from embeddings.recipes import EncoderRecipe
-from embeddings.shards import plan_shards, read_rows
 from embeddings.text import TextRecipe
+from embeddings.vectors import VectorStore
+from ray_apps import embed as app
 from ray_apps.embed import embed, plan_products, plan_queries
 from tests.tiny_models import tiny_bert_folder
 
@@ -18,6 +19,7 @@ NAMES = ["lamp", "hose", "shoe", "drill", "sofa", "kettle", "paint"]
 CATALOG = pa.table(
     {
         "product_id": [f"p{number}" for number in range(7)],
+        "product_hash": [f"hash of {name}" for name in NAMES],
         "title": NAMES,
         "brand": pa.array(["acme"] * 7),
         "category": pa.array([None] * 7, pa.string()),
@@ -34,25 +36,41 @@ def test_encodes_with_the_models_own_texts_and_never_twice(tmp_path, own_texts, 
     recipe = TextRecipe(clauses=("{title}", "{brand}"), joint=" ")
     folder = str(tmp_path / "model")
     save_encoder(model, folder, {"text": recipe, "stage": 1, "fingerprint": "x"})
-    shards = plan_shards(tmp_path / "vectors", 7, 3)
-    parts = [
-        *plan_products(folder, CATALOG, shards),
-        plan_queries(folder, ["  Red LAMP ", "hose"], tmp_path / "vectors"),
-    ]
+    store = VectorStore(tmp_path / "vectors")
+    monkeypatch.setattr(app, "FILE_ROWS", 3)
     where = {"num_workers": 1, "threads_per_worker": 1, "use_gpu": False, "batch_tokens": 1024, "own_texts": own_texts}
+
+    def run(catalog):
+        parts = [
+            *plan_products(folder, catalog, store, "float16", 1),
+            plan_queries(folder, ["  Red LAMP ", "hose"], tmp_path / "vectors"),
+        ]
+        return parts, embed(parts, **where, run_folder=str(tmp_path / "run"))
+
     threads = torch.get_num_threads()
-    assert embed(parts, **where, run_folder=str(tmp_path / "run")) == 9
+    twice = pa.concat_tables([CATALOG, CATALOG.slice(2, 1)])  # a text that two products share
+    parts, encoded = run(twice)
+    assert encoded == 9
+    assert len(parts) == 4
     assert torch.get_num_threads() == threads
     reloaded, _ = load_encoder(folder)
-    expected = encode(reloaded, [f"{name} acme" for name in NAMES], "document")
-    assert np.abs(read_rows(shards, np.arange(7)) - expected).max() < 0.02  # bfloat16 where hardware has it
+    expected = encode(reloaded, [f"{name} acme" for name in [*NAMES, NAMES[2]]], "document")
+    vectors = store.vectors(twice["product_hash"])
+    assert np.abs(vectors.take(np.arange(8)) - expected).max() < 0.02  # bfloat16 where hardware has it
     queries = np.load(parts[-1].path)
     assert np.abs(queries - encode(reloaded, ["red lamp", "hose"], "query")).max() < 0.02
     assert np.allclose(np.linalg.norm(queries, axis=1), 1, atol=1e-5)
 
     # a killed run left one file out: only that one is made again
-    kept = Path(shards[0].path).stat().st_mtime_ns
-    Path(shards[1].path).unlink()
-    assert embed(parts, **where, run_folder=str(tmp_path / "run")) == shards[1].num_rows
-    assert Path(shards[0].path).stat().st_mtime_ns == kept
-    assert embed(parts, **where, run_folder=str(tmp_path / "run")) == 0
+    kept = Path(parts[0].path).stat().st_mtime_ns
+    Path(parts[1].path).unlink()
+    assert run(twice)[1] == len(parts[1].hashes)
+    assert Path(parts[0].path).stat().st_mtime_ns == kept
+    assert run(twice)[1] == 0
+
+    # of a catalogue that changed only the new texts are encoded
+    changed = CATALOG.set_column(
+        1, "product_hash", pa.array([*CATALOG["product_hash"].to_pylist()[:5], "new", "newer"])
+    )
+    assert run(changed)[1] == 2
+    assert np.array_equal(store.vectors(changed["product_hash"]).take(np.arange(5)), vectors.take(np.arange(5)))

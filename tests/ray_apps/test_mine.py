@@ -1,45 +1,169 @@
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
 import pytest
+import ray
 
-from embeddings.shards import plan_shards, write_vectors
-from ray_apps.mine import Search, mine
+from conf.load import ConfigError
+from embeddings.vectors import VectorStore, write_vectors
+from ray_apps import mine as app
+from ray_apps.mine import Search, drop_kept, mine
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+POOL = {"num_actors": 2, "threads_per_actor": 1}
 
 
-@pytest.fixture(scope="module")
-def vectors():
-    generator = np.random.default_rng(0)
-    vectors = generator.normal(size=(120, 8)).astype(np.float32)
-    vectors[40:60] = vectors[:20]  # products of equal text
+def stored(folder, vectors, num_files):
+    store, hashes = VectorStore(folder), [f"p{row}" for row in range(len(vectors))]
+    for own in np.array_split(np.arange(len(vectors)), num_files):
+        names = [hashes[row] for row in own]
+        write_vectors(store.path_of(names), vectors[own], names, kind="float16")
+    return store.vectors(pa.array(hashes))
+
+
+def unit_vectors(count, seed=0):
+    generator = np.random.default_rng(seed)
+    vectors = generator.normal(size=(count, 16)).astype(np.float32)
+    vectors[count // 2 : count // 2 + count // 6] = vectors[: count // 6]  # products of equal text
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def shards_of(folder, vectors, num_shards):
-    shards = plan_shards(folder, len(vectors), num_shards)
-    for shard in shards:
-        own = vectors[shard.first_row : shard.first_row + shard.num_rows]
-        write_vectors(shard.path, own, [f"p{row}" for row in range(len(own))])
-    return shards
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(app, "_PART_ROWS", 50)
+    monkeypatch.setattr(app, "_BLOCK_QUERIES", 7)
 
 
-def test_one_shard_and_three_find_the_same_to_the_bit(tmp_path, vectors):
-    queries = vectors[::7] + np.float32(0.01)
-    is_kept = np.arange(len(vectors)) % 5 != 0
-    one, three = (shards_of(tmp_path, vectors, count) for count in (1, 3))
-    searches = [Search(shards, queries, kept) for shards in (one, three) for kept in (None, is_kept)]
-    whole_1, kept_1, whole_3, kept_3 = mine(searches, 10, num_actors=2, threads_per_actor=1)
-    for left, right in ((whole_1, whole_3), (kept_1, kept_3)):
-        assert np.array_equal(left.score_QK, right.score_QK)
-        assert np.array_equal(left.row_QK, right.row_QK)
-    assert not (kept_1.row_QK % 5 == 0).any()
-    assert whole_3.shard_QK.tolist() == (whole_3.row_QK // 40).tolist()
-    exact = queries.astype(float) @ vectors.astype(float).T
+def same(left, right):
+    return np.array_equal(left.score_QK, right.score_QK) and np.array_equal(left.row_QK, right.row_QK)
+
+
+@pytest.mark.usefixtures("ray_cluster", "small_pieces")
+def test_pieces_over_actors_find_what_one_process_does_to_the_bit(tmp_path):
+    vectors = unit_vectors(120)
+    queries, is_kept = vectors[::7] + np.float32(0.01), np.arange(120) % 5 != 0
+    one, three = (stored(tmp_path / str(count), vectors, count) for count in (1, 3))
+    searches = [Search(catalog, queries, kept) for catalog in (one, three) for kept in (None, is_kept)]
+    spread = mine(searches, 10, **POOL)
+    here = mine(searches, 10, **POOL, own_scores=1e9)
+    assert all(same(left, right) for left, right in zip(spread, here, strict=True))
+    assert same(spread[0], spread[2])
+    assert same(spread[1], spread[3])
+    assert not (spread[1].row_QK % 5 == 0).any()
+    exact = queries.astype(float) @ vectors.astype(np.float16).astype(float).T
     reference = np.array([np.lexsort((np.arange(120), -row.astype(np.float32)))[:10] for row in exact])
-    assert np.array_equal(whole_1.row_QK, reference)
+    assert np.array_equal(spread[0].row_QK, reference)
 
 
-def test_a_small_catalogue_gives_all_it_has(tmp_path, vectors):
-    (found,) = mine([Search(shards_of(tmp_path, vectors[:4], 2), vectors[:3])], 10, num_actors=2, threads_per_actor=1)
+@pytest.mark.usefixtures("ray_cluster")
+def test_small_catalogues_and_no_queries_give_what_they_have(tmp_path):
+    vectors = unit_vectors(4)
+    (found,) = mine([Search(stored(tmp_path, vectors, 2), vectors[:3])], 10, **POOL)
     assert found.row_QK.shape == (3, 4)
-    assert found.row_QK[:, 0].tolist() == [0, 1, 2]
+    (nothing,) = mine([Search(stored(tmp_path, vectors, 2), vectors[:0])], 10, **POOL)
+    assert nothing.row_QK.shape == (0, 4)
+
+
+@pytest.mark.usefixtures("ray_cluster", "small_pieces")
+def test_a_run_that_goes_on_searches_only_blocks_that_are_missing(tmp_path, monkeypatch):
+    vectors = unit_vectors(120)
+    search, folder = Search(stored(tmp_path / "v", vectors, 2), vectors[:30]), str(tmp_path / "run")
+    (whole,) = mine([search], 10, **POOL, run_folder=folder)
+    kept = sorted(Path(folder, "neighbours").rglob("*.npz"))
+    assert len(kept) == 5
+    kept[2].unlink()
+    given = []
+    give = app._Pool._give
+    monkeypatch.setattr(app._Pool, "_give", lambda *args: given.append(args[-1]) or give(*args))
+    (again,) = mine([search], 10, **POOL, run_folder=folder)
+    assert same(whole, again)
+    assert {piece.block for piece in given} == {2}
+    assert len(given) == 3
+    # other queries are another search
+    (other,) = mine([Search(search.vectors, vectors[30:60])], 10, **POOL, run_folder=folder)
+    assert not same(whole, other)
+    drop_kept(folder)
+    assert not Path(folder, "neighbours").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster", "small_pieces")
+def test_an_actor_that_is_killed_loses_nothing(tmp_path, monkeypatch):
+    vectors = unit_vectors(120)
+    search = Search(stored(tmp_path, vectors, 2), vectors)
+    (expected,) = mine([search], 10, **POOL, own_scores=1e9)
+    give, killed = app._Pool._give, []
+
+    def deadly(pool, job, given, member, piece):
+        reference = give(pool, job, given, member, piece)
+        if piece in [(0, 3), (2, 1)] and piece not in killed:
+            killed.append(piece)
+            ray.kill(member.actor)
+        return reference
+
+    monkeypatch.setattr(app._Pool, "_give", deadly)
+    (found,) = mine([search], 10, **POOL)
+    assert same(found, expected)
+    assert len(killed) == 2
+
+
+@pytest.mark.usefixtures("ray_cluster", "small_pieces")
+def test_actors_that_always_die_end_the_search_in_a_sentence(tmp_path, monkeypatch):
+    vectors = unit_vectors(120)
+    give = app._Pool._give
+
+    def deadly(pool, job, given, member, piece):
+        reference = give(pool, job, given, member, piece)
+        ray.kill(member.actor)
+        return reference
+
+    monkeypatch.setattr(app._Pool, "_give", deadly)
+    monkeypatch.setattr(app, "_MOST_LOSSES", 2)
+    with pytest.raises(RuntimeError, match="search actors died, the last with"):
+        mine([Search(stored(tmp_path, vectors, 2), vectors)], 10, **POOL)
+
+
+@pytest.mark.usefixtures("ray_cluster", "small_pieces")
+def test_a_late_piece_is_given_to_an_idle_actor_as_well(tmp_path, monkeypatch):
+    vectors = unit_vectors(120)
+    search = Search(stored(tmp_path, vectors, 2), vectors[:7])
+    (expected,) = mine([search], 10, **POOL, own_scores=1e9)
+    monkeypatch.setattr(app, "_LATE_SEC", 0.2)
+    give, stopped, pieces = app._Pool._give, [], []
+
+    def sleepy(pool, job, given, member, piece):
+        if piece.part == 2 and not stopped:
+            stopped.append(ray.get(member.actor.pid.remote()))
+            os.kill(stopped[0], signal.SIGSTOP)
+        pieces.append(piece)
+        return give(pool, job, given, member, piece)
+
+    monkeypatch.setattr(app._Pool, "_give", sleepy)
+    try:
+        (found,) = mine([search], 10, **POOL)
+    finally:
+        for pid in stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    assert same(found, expected)
+    assert pieces.count((2, 0)) == 2
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_work_that_fits_no_node_is_refused_before_it_starts(tmp_path, monkeypatch):
+    vectors = unit_vectors(12)
+    search = Search(stored(tmp_path, vectors, 1), vectors)
+    with pytest.raises(ConfigError, match="64 CPU asked for"):
+        mine([search], 3, num_actors=1, threads_per_actor=64)
+    monkeypatch.setattr(app._Job, "num_bytes", 10**14)
+    with pytest.raises(ConfigError, match="a search actor takes about 100,000,000 MB, the largest node has"):
+        mine([search], 3, **POOL)
+
+
+def test_importing_the_search_brings_neither_torch_nor_faiss():
+    code = "import sys, ray_apps.mine; sys.exit(bool({'torch', 'faiss'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
