@@ -93,7 +93,7 @@ class ExactSearch:
             scratch = torch.empty((_BLOCK_QUERIES, _SUB_ROWS + _GROUP), dtype=self._kind, device=self._device)
             start = 0
             for at in range(0, len(self), _TILE_ROWS):
-                for piece_TD in self._read(self._row_P[at : at + _TILE_ROWS]).split(_SUB_ROWS):
+                for piece_TD in torch.split(self._read(self._row_P[at : at + _TILE_ROWS]), _SUB_ROWS):
                     tile = _Tile(piece_TD, start, self._kind)
                     for block in blocks:
                         block.look_at(tile, scratch)

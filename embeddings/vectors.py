@@ -134,7 +134,8 @@ class CatalogVectors:
 
     def in_file_order(self, row_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows as they lie on disk, so that reading them in turn reads files from front to back."""
-        return row_N[np.lexsort((self.place_P[row_N], self.file_P[row_N]))]
+        ordered_N: NDArray[np.int64] = row_N[np.lexsort((self.place_P[row_N], self.file_P[row_N]))]
+        return ordered_N
 
     def take(self, row_N: NDArray[np.int64]) -> NDArray[np.float32]:
         """Vectors [N, D], float32, of these rows in their order; only they are read."""

@@ -338,9 +338,7 @@ def plan(words: Words) -> None:
     print(f"{name} would read {_versions(opened.inputs) or 'nothing'}; fingerprint {opened.fingerprint}")
     print(f"done already by run {done.run_id}" if done else "not done yet")
     if planned:
-        from jobs import cost
-
-        print(cost.render(planned))
+        print(planned.render())
 
 
 def explain(words: Words) -> None:

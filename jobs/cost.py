@@ -61,6 +61,22 @@ class CostPlan:
     abstaining: float = 0.0
     stronger: CostPlan | None = None
 
+    def render(self) -> str:
+        """The plan in words, one fact per line."""
+        if not self.pairs:
+            return "nothing to grade: every pair is in the ledger, or the budget allows none"
+        money = f"{self.cost:,.4g} {self.currency}" if self.cost else "unknown; give placement.price_per_hour"
+        lines = _facts(self)
+        if self.stronger:
+            lines += ["to the stronger labeller", *(f"  {line}" for line in _facts(self.stronger)), "both"]
+        return "\n".join(
+            [
+                *lines,
+                f"{'GPU-hours' if self.on_gpu else 'engine-hours':<14} {self.engine_hours:.4g}",
+                f"money          {money}",
+            ]
+        )
+
     def metrics(self) -> dict[str, float]:
         """For the run record, beside what it took then."""
         names = ("pairs", "tokens", "engine_hours", "cost")
@@ -199,23 +215,6 @@ def scaled(plan: CostPlan, pairs: int, placement: LabelPlacement) -> CostPlan:
         if own is not None
     ]
     return _plan(placement, pairs, judges[0], plan.abstaining, *judges[1:])
-
-
-def render(plan: CostPlan) -> str:
-    """The plan in words, one fact per line."""
-    if not plan.pairs:
-        return "nothing to grade: every pair is in the ledger, or the budget allows none"
-    money = f"{plan.cost:,.4g} {plan.currency}" if plan.cost else "unknown; give placement.price_per_hour"
-    lines = _facts(plan)
-    if plan.stronger:
-        lines += ["to the stronger labeller", *(f"  {line}" for line in _facts(plan.stronger)), "both"]
-    return "\n".join(
-        [
-            *lines,
-            f"{'GPU-hours' if plan.on_gpu else 'engine-hours':<14} {plan.engine_hours:.4g}",
-            f"money          {money}",
-        ]
-    )
 
 
 def _facts(plan: CostPlan) -> list[str]:

@@ -118,7 +118,7 @@ def run(config: Config) -> RunRecord:
     texts = labelling.PairTexts(current)
     night = prepare(current, texts, config)
     written = tables.replace(current.lake, CATALOG_CANDIDATE, night.candidates, run_id=current.run_id)
-    log.info("label_catalog: the plan\n%s", cost.render(night.plan))
+    log.info("label_catalog: the plan\n%s", night.plan.render())
     folders, recipe = labelling.labeller_folders(current.lake, config.inputs), config.recipe.grading
     asked = night.waiting.slice(0, night.plan.pairs).select(night.keys.column_names)
     graded = grade_with_stronger(current, asked, texts, folders, recipe, config.placement.label)

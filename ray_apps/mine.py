@@ -117,6 +117,14 @@ def mine(
     return [job.neighbours() for job in jobs]
 
 
+def actor_bytes(num_queries: int, num_products: int, width: int, k: int) -> int:
+    """Memory of a search actor at most, in bytes, beside the mapped files of vectors."""
+    from embeddings.exact import exact_search_bytes
+
+    # where each row of the catalogue lies: in Ray's store, once per node
+    return exact_search_bytes(width, min(num_queries, _BLOCK_QUERIES), k) + 12 * num_products
+
+
 def drop_kept(run_folder: str) -> None:
     """Removes what searches of a run kept, once the run needs it no more."""
     shutil.rmtree(_kept_folder(run_folder), ignore_errors=True)
@@ -174,11 +182,8 @@ class _Job:
     @property
     def num_bytes(self) -> int:
         """Memory of an actor at most, in bytes, beside the mapped files."""
-        from embeddings.exact import exact_search_bytes
-
         most = max(block.stop - block.start for block in self.blocks)
-        index = sum(array.nbytes for array in (self.search.vectors.file_P, self.search.vectors.place_P))
-        return exact_search_bytes(self.search.query_QD.shape[1], most, self.k) + index
+        return actor_bytes(most, len(self.search.vectors), self.search.query_QD.shape[1], self.k)
 
     @property
     def is_done(self) -> bool:
@@ -285,7 +290,8 @@ class _Pool:
         )
         given = _Given(ray.put(job.search.vectors), [ray.put(part) for part in job.parts])
         running: dict[Any, _Member] = {}
-        started, seconds = time.monotonic(), []
+        started = time.monotonic()
+        seconds: list[float] = []
         while not job.is_done:
             for member in self._members:
                 if member.piece is None:

@@ -1,13 +1,13 @@
-"""Bands and draws, by hand."""
+"""Bands, bounds and draws, by hand."""
 
 import numpy as np
 import pytest
 
 from conf.load import ConfigError, validate
-from embeddings.mining import MiningRecipe, assign_bands, select_candidates
+from embeddings.mining import MiningRecipe, assign_bands, open_places, select_candidates, without_copies
 
 KEY = ("shop", "q1")
-PRODUCTS = [f"p{rank}" for rank in range(1, 21)]
+ALL = np.ones(20, dtype=bool)
 
 
 def recipe(**changes):
@@ -30,63 +30,83 @@ def test_ranks_outside_the_depth_are_refused(rank):
 
 
 def test_the_draw_respects_bands_and_caps_and_comes_by_rank():
-    candidates = select_candidates(KEY, PRODUCTS, (), recipe=recipe())
-    assert [c.band for c in candidates] == ["top"] * 3 + ["tail"] * 2
-    assert [c.rank for c in candidates] == sorted(c.rank for c in candidates)
-    for candidate in candidates:
-        assert candidate.product_id == f"p{candidate.rank}"
-        assert (candidate.band == "top") == (candidate.rank <= 10)
+    places = select_candidates(KEY, ALL, recipe())
+    assert places.tolist() == sorted(places)
+    assert (places < 10).tolist() == [True] * 3 + [False] * 2
 
 
-def test_graded_products_are_never_drawn_and_do_not_count_against_the_caps():
-    judged = {"p2", "p15", "p16", "elsewhere"}
+def test_places_that_are_not_open_are_never_drawn_and_do_not_count_against_the_caps():
     everything = recipe(max_hard_negatives_per_query=99, max_hard_positives_per_query=99)
-    drawn = [c.product_id for c in select_candidates(KEY, PRODUCTS, judged, recipe=everything)]
-    assert drawn == [product for product in PRODUCTS if product not in judged]
-    few = select_candidates(KEY, PRODUCTS, {f"p{rank}" for rank in range(1, 9)}, recipe=recipe())
-    assert [c.band for c in few] == ["top"] * 2 + ["tail"] * 2
+    is_open = ALL.copy()
+    is_open[[1, 14, 15]] = False
+    assert select_candidates(KEY, is_open, everything).tolist() == np.flatnonzero(is_open).tolist()
+    few = select_candidates(KEY, np.arange(20) >= 8, recipe())
+    assert (few < 10).tolist() == [True] * 2 + [False] * 2
 
 
 def test_caps_beyond_the_band_take_all_of_it_and_zero_takes_none():
     everything = recipe(max_hard_negatives_per_query=99, max_hard_positives_per_query=99)
-    assert [c.product_id for c in select_candidates(KEY, PRODUCTS, (), recipe=everything)] == PRODUCTS
+    assert select_candidates(KEY, ALL, everything).tolist() == list(range(20))
     nothing = recipe(max_hard_negatives_per_query=0, max_hard_positives_per_query=0)
-    assert select_candidates(KEY, PRODUCTS, (), recipe=nothing) == []
+    assert select_candidates(KEY, ALL, nothing).size == 0
 
 
-def test_skipped_ranks_are_not_drawn():
-    everything = recipe(max_hard_negatives_per_query=99, skip_top=3)
-    ranks = [c.rank for c in select_candidates(KEY, PRODUCTS, (), recipe=everything) if c.band == "top"]
-    assert ranks == [4, 5, 6, 7, 8, 9, 10]
-
-
-def test_products_past_the_depth_are_ignored_and_short_lists_keep_the_bands_of_the_depth():
+def test_places_past_the_depth_are_ignored_and_short_lists_keep_the_bands_of_the_depth():
     everything = recipe(depth=10, max_hard_negatives_per_query=99, max_hard_positives_per_query=99)
-    assert [c.rank for c in select_candidates(KEY, PRODUCTS, (), recipe=everything)] == list(range(1, 11))
-    short = select_candidates(KEY, PRODUCTS[:6], (), recipe=everything)
-    assert [c.band for c in short] == ["top"] * 5 + ["tail"]
-    assert select_candidates(KEY, [], (), recipe=everything) == []
+    assert select_candidates(KEY, ALL, everything).tolist() == list(range(10))
+    one_tail = recipe(depth=10, max_hard_negatives_per_query=99, max_hard_positives_per_query=0)
+    assert select_candidates(KEY, ALL[:6], one_tail).tolist() == list(range(5))
+    assert select_candidates(KEY, ALL[:0], everything).size == 0
 
 
 def test_the_draw_depends_on_seed_and_query_alone():
     draws = {
-        key: select_candidates(key, PRODUCTS, (), recipe=recipe(seed=seed))
-        for seed, *key_parts in ((7, "shop", "q1"), (7, "shop", "q2"), (7, "other", "q1"), (8, "shop", "q3"))
-        for key in [tuple(key_parts)]
+        (key, seed): tuple(select_candidates(key, ALL, recipe(seed=seed)))
+        for key in (KEY, ("shop", "q2"), ("other", "q1"))
+        for seed in (7, 8)
     }
-    assert select_candidates(KEY, PRODUCTS, (), recipe=recipe()) == draws[KEY]
-    assert len({tuple(draw) for draw in draws.values()}) == len(draws)
-    assert draws[KEY] != select_candidates(KEY, PRODUCTS, (), recipe=recipe(seed=8))
+    assert tuple(select_candidates(KEY, ALL, recipe())) == draws[KEY, 7]
+    assert len(set(draws.values())) == len(draws)
 
 
-def test_every_ungraded_product_of_a_band_can_be_drawn():
-    drawn = {
-        c.product_id for q in range(200) for c in select_candidates(("shop", str(q)), PRODUCTS, (), recipe=recipe())
-    }
-    assert drawn == set(PRODUCTS)
+def test_ranks_skipped_and_scores_outside_the_band_are_not_open():
+    scores = np.linspace(0.9, 0.5, 5)[None]
+    none = np.array([np.nan])
+    assert open_places(scores, none, recipe(depth=5)).all()
+    assert open_places(scores, none, recipe(depth=5, skip_top=2)).tolist() == [[False, False, True, True, True]]
+    banded = recipe(depth=5, least_score=0.6, most_score=0.8)
+    assert open_places(scores, none, banded).tolist() == [[False, True, True, True, False]]
 
 
-@pytest.mark.parametrize("wrong", [{"depth": 1}, {"depth": 4096}, {"skip_top": -1}, {"depht": 100}])
-def test_recipes_out_of_bounds_are_refused(wrong):
-    with pytest.raises(ConfigError):
-        validate(MiningRecipe, wrong, source="test")
+@pytest.mark.parametrize(
+    ("changes", "lowest", "is_open"),
+    [
+        ({"ceiling": 0.95}, 0.8, [False, False, True, True]),
+        ({"ceiling": 1.0}, 0.8, [False, True, True, True]),
+        ({"margin": 0.15}, 0.8, [False, False, False, True]),
+        ({"ceiling": 0.95, "margin": 0.15}, 0.8, [False, False, False, True]),
+        ({"ceiling": 0.5}, np.nan, [True, True, True, True]),
+        ({"ceiling": 0.9}, -0.1, [False, False, False, True]),
+    ],
+)
+def test_likely_positives_of_the_top_band_are_not_open(changes, lowest, is_open):
+    """The last place is of the tail band, where a high cosine is no reason to leave a product out."""
+    scores = np.array([[0.9, 0.8, 0.7, 0.69]])
+    asked = recipe(depth=6, **changes)
+    assert open_places(scores, np.array([lowest]), asked).tolist() == [is_open]
+
+
+def test_copies_of_judged_and_of_better_ranked_products_are_left_out():
+    angles = np.radians([0, 1, 40, 41, 80, 42])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    judged = vectors[4:5]
+    is_open = np.array([False, True, True, True, True, True])
+    kept = without_copies(is_open, vectors, judged, 0.999)
+    assert kept.tolist() == [False, True, True, False, False, True]
+    assert without_copies(is_open, vectors, judged[:0], 0.999).tolist() == [False, True, True, False, True, True]
+
+
+@pytest.mark.parametrize("key", ["depth", "skip_top", "ceiling", "least_score", "duplicate_cosine"])
+def test_settings_out_of_range_are_refused(key):
+    with pytest.raises(ConfigError, match=key):
+        validate(MiningRecipe, {key: -3})

@@ -148,7 +148,7 @@ def test_the_plan_counts_what_the_run_then_asks_and_starts_no_engine(seen, label
 
     monkeypatch.setattr(ray_apps.label, "label_pairs", never)
     assert label_catalog.plan(config).pairs == 0
-    assert cost.render(label_catalog.plan(config)).startswith("nothing to grade")
+    assert label_catalog.plan(config).render().startswith("nothing to grade")
 
 
 def test_a_plan_takes_the_rate_of_the_last_run_with_this_labeller(shop, labeller, monkeypatch):

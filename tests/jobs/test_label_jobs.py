@@ -535,7 +535,7 @@ def test_a_plan_counts_what_will_go_to_the_stronger_labeller(shop, labeller, tmp
     assert {planned.measured_by, planned.stronger.measured_by} == {cost.SAMPLE}
     assert planned.cost == pytest.approx(2.0 * planned.engine_hours)
     assert planned.engine_hours > planned.stronger.engine_hours > 0
-    assert "stronger" in cost.render(planned)
+    assert "stronger" in planned.render()
 
     record = label_pairs.run(config)
 

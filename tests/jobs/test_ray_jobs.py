@@ -1,6 +1,7 @@
 """The Ray jobs in their order on a small lake: train, mine, train again, measure, search."""
 
 import dataclasses
+import hashlib
 import itertools
 from pathlib import Path
 
@@ -41,6 +42,7 @@ COLOURS, THINGS = ("red", "blue", "green", "black"), ("lamp", "hose", "shoe", "d
 SPLITS = ("train", "train", "train", "validation", "calibration", "test", "test")
 RAY = RayPlacement(address="local", num_cpus=2)
 EMBED = embed_catalog.EmbedPlacement(ray=RAY, threads_per_worker=1)
+SEARCH = embed_catalog.SearchPlacement(embed=EMBED)
 
 
 def products():
@@ -127,7 +129,7 @@ def chain(ray_cluster, tmp_path_factory):
         recipe=mine_hard_pairs.HardPairRecipe(
             mining=MiningRecipe(depth=10, max_hard_negatives_per_query=2, max_hard_positives_per_query=3)
         ),
-        placement=embed_catalog.SearchPlacement(embed=EMBED),
+        placement=SEARCH,
     )
     records["mined"] = mine_hard_pairs.run(mining)
     loss = LossRecipe(terms=(LossTerm(loss="circle"), LossTerm(loss="supcon", in_batch=True)))
@@ -144,7 +146,7 @@ def chain(ray_cluster, tmp_path_factory):
                 stage1=stage1,
                 stage2=records["stage2"].outputs["encoder"],
             ),
-            placement=embed_catalog.SearchPlacement(embed=EMBED),
+            placement=SEARCH,
         )
     )
     return lake, records
@@ -265,13 +267,49 @@ def test_mined_pairs_are_ungraded_unique_and_in_their_band(chain):
     assert {row["query_id"] for row in rows} <= train
 
 
-def test_manifest_names_every_shard_file_once(chain):
+def test_manifest_names_every_file_of_vectors_once(chain):
     lake, _ = chain
     rows = tables.rows(lake, EMBEDDING_MANIFEST).to_pylist()
     assert len(rows) == 3  # pretrained, stage 1, stage 2
     for row in rows:
         vectors = np.load(lake.path(row["path"]))
-        assert vectors.shape == (row["num_rows"], row["width"]) == (30, 64)
+        assert vectors.shape == (row["num_rows"], row["width"]) == (29, 64)  # two products share a text
+        assert (row["kind"], row["num_used"]) == ("float16", 30)
+        assert row["sha256"] == hashlib.sha256(Path(lake.path(row["path"])).read_bytes()).hexdigest()
+
+
+def test_the_plan_counts_what_is_left_to_do(chain, tmp_path):
+    lake, _ = chain
+    config = mine_hard_pairs.Config(
+        lake=lake.root, inputs=mine_hard_pairs.Inputs(model=search.encoder_folder(lake, "stage1")), placement=SEARCH
+    )
+    planned = mine_hard_pairs.plan(config)
+    assert (planned.products, planned.width, planned.vector_bytes) == (30, 64, 30 * 64 * 2)
+    assert planned.scores == 30 * planned.queries
+    assert planned.to_encode == planned.queries
+    assert planned.hours > 0
+    assert "30, 0 MB at width 64" in planned.render()
+
+
+def test_a_second_round_keeps_the_first_and_finds_other_pairs(chain):
+    lake, records = chain
+    model = search.encoder_folder(lake, "stage2")
+    second = mine_hard_pairs.run(
+        mine_hard_pairs.Config(
+            lake=lake.root,
+            inputs=mine_hard_pairs.Inputs(model=model),
+            recipe=mine_hard_pairs.HardPairRecipe(round=2, mining=MiningRecipe(depth=10)),
+            placement=SEARCH,
+        )
+    )
+    rows = tables.rows(lake, MINED_PAIR).to_pylist()
+    first = tables.rows(lake, MINED_PAIR, version=int(records["mined"].outputs["mined_pair"])).to_pylist()
+    by_round = {number: [row for row in rows if row["round"] == number] for number in (1, 2)}
+    pairs = [{(row["query_id"], row["product_id"]) for row in by_round[number]} for number in (1, 2)]
+    assert len(by_round[1]) == len(first)
+    assert second.rows == len(by_round[2]) > 0
+    assert not pairs[0] & pairs[1]
+    assert {row["model"] for row in by_round[2]} != {row["model"] for row in by_round[1]}
 
 
 def test_evaluation_has_a_row_per_model_with_gains(chain):
@@ -434,7 +472,7 @@ def test_recipes_are_trained_at_one_budget_and_held_against_the_reference(chain)
         placement=compare_recipes.Placement(
             train=train_encoder.Placement(ray=RAY, threads_per_worker=1),
             trainings_at_once=2,
-            search=embed_catalog.SearchPlacement(embed=EMBED),
+            search=SEARCH,
         ),
     )
 
