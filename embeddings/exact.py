@@ -218,7 +218,8 @@ class _Block:
         length = (self._length_B1 + self._residual_B1) * (tile.longest + tile.residual)
         # units that multiply bfloat16 take subnormal numbers for 0
         underflow = 4 * width * float(np.finfo(np.float32).smallest_normal) * (1 + length)
-        return 1.01 * (rounding + (width + 2) * _FLOAT32_UNIT * length) + underflow
+        error_B1: Tensor = 1.01 * (rounding + (width + 2) * _FLOAT32_UNIT * length) + underflow
+        return error_B1
 
     def _raise(self, kth_B1: Tensor, error_B1: Tensor) -> None:
         """Notes that k products have these rounded scores or higher, each off by at most the error."""

@@ -192,7 +192,7 @@ def search(searches: Sequence[Search], k: int, placement: SearchPlacement, run_f
 def _write_manifest(current: Run, model: str, catalog: Catalog, recipe: EmbedRecipe) -> None:
     vectors = catalog.vectors(current.lake, model, recipe)
     names = ["path", "sha256"]
-    where = tables.equal_to({"model": model, "dataset": catalog.dataset})
+    where = [("model", "=", model), ("dataset", "=", catalog.dataset)]
     # files never change: one that was hashed once is not read for it again
     known = {}
     if tables.exists(current.lake, EMBEDDING_MANIFEST):

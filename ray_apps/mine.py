@@ -105,15 +105,12 @@ def mine(
     """
     if not use_gpu and sum(search.num_scores for search in searches) <= own_scores:
         return [_search_here(search, k, num_actors * threads_per_actor) for search in searches]
-    jobs = [_Job(search, k, num_actors, run_folder) for search in searches]
+    jobs = [SearchJob(search, k, num_actors, run_folder) for search in searches]
     size = min(num_actors, max(len(job.waiting) for job in jobs))
     if size:
-        pool = _Pool(size, threads_per_actor, use_gpu, max(job.num_bytes for job in jobs))
-        try:
+        with SearchPool(size, threads_per_actor, use_gpu, max(job.num_bytes for job in jobs)) as pool:
             for job in jobs:
                 pool.run(job)
-        finally:
-            pool.close()
     return [job.neighbours() for job in jobs]
 
 
@@ -155,8 +152,15 @@ class _Piece(NamedTuple):
     block: int
 
 
-class _Job:
-    """One search, cut into pieces, and what is done of it."""
+class SearchJob:
+    """One search, cut into pieces, and what is done of it.
+
+    Args:
+        search: what is looked up.
+        k: products per query.
+        num_actors: that will share it.
+        run_folder: keeps finished blocks of queries; empty keeps none.
+    """
 
     def __init__(self, search: Search, k: int, num_actors: int, run_folder: str) -> None:
         self.search, self.k, self.run_folder = search, k, run_folder
@@ -260,8 +264,18 @@ class _Given:
     blocks: dict[int, Any] = field(default_factory=dict)
 
 
-class _Pool:
-    """Actors that search, replaced where they die."""
+class SearchPool:
+    """Actors that search, replaced where they die; ended with the context.
+
+    Args:
+        size: number of actors.
+        threads: CPUs and threads of each.
+        use_gpu: gives each a GPU.
+        num_bytes: memory of each, for which Ray looks for a node.
+
+    Raises:
+        ConfigError: the cluster has not the CPUs, GPUs or memory.
+    """
 
     def __init__(self, size: int, threads: int, use_gpu: bool, num_bytes: int) -> None:
         check_resources(size * threads, size * int(use_gpu))
@@ -273,7 +287,7 @@ class _Pool:
         self._members = [self._start() for _ in range(size)]
         self._losses = 0
 
-    def run(self, job: _Job) -> None:
+    def run(self, job: SearchJob) -> None:
         """Does all pieces of a job."""
         log.info(
             "mine: %d queries over %d products (%d MB of vectors), %d parts times %d blocks, %d of %d pieces to do, "
@@ -316,15 +330,17 @@ class _Pool:
             ray.kill(member.actor)
             member.actor, member.piece, member.part = self._start().actor, None, None
 
-    def close(self) -> None:
-        """Ends the actors."""
+    def __enter__(self) -> SearchPool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         for member in self._members:
             ray.kill(member.actor)
 
     def _start(self) -> _Member:
         return _Member(self._options.remote(self._threads, "cuda" if self._use_gpu else "cpu"))
 
-    def _next(self, job: _Job, member: _Member, seconds: Sequence[float]) -> _Piece | None:
+    def _next(self, job: SearchJob, member: _Member, seconds: Sequence[float]) -> _Piece | None:
         """The next piece of the part that the actor has read, else of another; at the end a late one of others."""
         if job.waiting:
             own = (at for at, piece in enumerate(job.waiting) if piece.part == member.part)
@@ -337,13 +353,13 @@ class _Pool:
         late = [other for other in at_work if time.monotonic() - other.since > bound and pieces.count(other.piece) == 1]
         return min(late, key=lambda other: other.since).piece if late else None
 
-    def _give(self, job: _Job, given: _Given, member: _Member, piece: _Piece) -> Any:
+    def _give(self, job: SearchJob, given: _Given, member: _Member, piece: _Piece) -> Any:
         if piece.block not in given.blocks:
             given.blocks[piece.block] = ray.put(np.ascontiguousarray(job.search.query_QD[job.blocks[piece.block]]))
         member.piece, member.part, member.since = piece, piece.part, time.monotonic()
         return member.actor.search.remote(given.vectors, given.parts[piece.part], given.blocks[piece.block], job.k)
 
-    def _replace(self, job: _Job, member: _Member, piece: _Piece | None, error: RayActorError) -> None:
+    def _replace(self, job: SearchJob, member: _Member, piece: _Piece | None, error: RayActorError) -> None:
         """Puts another actor in the place of one that died; its work goes back to what waits."""
         self._losses += 1
         if self._losses > _MOST_LOSSES:
@@ -357,7 +373,7 @@ class _Pool:
         if piece is not None and not job.is_piece_done(piece) and piece not in others:
             job.waiting.append(piece)
 
-    def _tell(self, job: _Job, started: float) -> None:
+    def _tell(self, job: SearchJob, started: float) -> None:
         done, elapsed = job.total - len(job.waiting), time.monotonic() - started
         log.info("mine: %d of %d pieces, %.1f s", done, job.total, elapsed)
         if job.run_folder:

@@ -101,12 +101,12 @@ def test_copies_of_judged_and_of_better_ranked_products_are_left_out():
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     judged = vectors[4:5]
     is_open = np.array([False, True, True, True, True, True])
-    kept = without_copies(is_open, vectors, judged, 0.999)
+    kept = without_copies(is_open, vectors, judged, 0.9995)
     assert kept.tolist() == [False, True, True, False, False, True]
-    assert without_copies(is_open, vectors, judged[:0], 0.999).tolist() == [False, True, True, False, True, True]
+    assert without_copies(is_open, vectors, judged[:0], 0.9995).tolist() == [False, True, True, False, True, True]
 
 
 @pytest.mark.parametrize("key", ["depth", "skip_top", "ceiling", "least_score", "duplicate_cosine"])
 def test_settings_out_of_range_are_refused(key):
     with pytest.raises(ConfigError, match=key):
-        validate(MiningRecipe, {key: -3})
+        validate(MiningRecipe, {key: -3}, source="mining")

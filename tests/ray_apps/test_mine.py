@@ -78,8 +78,8 @@ def test_a_run_that_goes_on_searches_only_blocks_that_are_missing(tmp_path, monk
     assert len(kept) == 5
     kept[2].unlink()
     given = []
-    give = app._Pool._give
-    monkeypatch.setattr(app._Pool, "_give", lambda *args: given.append(args[-1]) or give(*args))
+    give = app.SearchPool._give
+    monkeypatch.setattr(app.SearchPool, "_give", lambda *args: given.append(args[-1]) or give(*args))
     (again,) = mine([search], 10, **POOL, run_folder=folder)
     assert same(whole, again)
     assert {piece.block for piece in given} == {2}
@@ -96,7 +96,7 @@ def test_an_actor_that_is_killed_loses_nothing(tmp_path, monkeypatch):
     vectors = unit_vectors(120)
     search = Search(stored(tmp_path, vectors, 2), vectors)
     (expected,) = mine([search], 10, **POOL, own_scores=1e9)
-    give, killed = app._Pool._give, []
+    give, killed = app.SearchPool._give, []
 
     def deadly(pool, job, given, member, piece):
         reference = give(pool, job, given, member, piece)
@@ -105,7 +105,7 @@ def test_an_actor_that_is_killed_loses_nothing(tmp_path, monkeypatch):
             ray.kill(member.actor)
         return reference
 
-    monkeypatch.setattr(app._Pool, "_give", deadly)
+    monkeypatch.setattr(app.SearchPool, "_give", deadly)
     (found,) = mine([search], 10, **POOL)
     assert same(found, expected)
     assert len(killed) == 2
@@ -114,14 +114,14 @@ def test_an_actor_that_is_killed_loses_nothing(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("ray_cluster", "small_pieces")
 def test_actors_that_always_die_end_the_search_in_a_sentence(tmp_path, monkeypatch):
     vectors = unit_vectors(120)
-    give = app._Pool._give
+    give = app.SearchPool._give
 
     def deadly(pool, job, given, member, piece):
         reference = give(pool, job, given, member, piece)
         ray.kill(member.actor)
         return reference
 
-    monkeypatch.setattr(app._Pool, "_give", deadly)
+    monkeypatch.setattr(app.SearchPool, "_give", deadly)
     monkeypatch.setattr(app, "_MOST_LOSSES", 2)
     with pytest.raises(RuntimeError, match="search actors died, the last with"):
         mine([Search(stored(tmp_path, vectors, 2), vectors)], 10, **POOL)
@@ -133,7 +133,7 @@ def test_a_late_piece_is_given_to_an_idle_actor_as_well(tmp_path, monkeypatch):
     search = Search(stored(tmp_path, vectors, 2), vectors[:7])
     (expected,) = mine([search], 10, **POOL, own_scores=1e9)
     monkeypatch.setattr(app, "_LATE_SEC", 0.2)
-    give, stopped, pieces = app._Pool._give, [], []
+    give, stopped, pieces = app.SearchPool._give, [], []
 
     def sleepy(pool, job, given, member, piece):
         if piece.part == 2 and not stopped:
@@ -142,7 +142,7 @@ def test_a_late_piece_is_given_to_an_idle_actor_as_well(tmp_path, monkeypatch):
         pieces.append(piece)
         return give(pool, job, given, member, piece)
 
-    monkeypatch.setattr(app._Pool, "_give", sleepy)
+    monkeypatch.setattr(app.SearchPool, "_give", sleepy)
     try:
         (found,) = mine([search], 10, **POOL)
     finally:
@@ -159,7 +159,7 @@ def test_work_that_fits_no_node_is_refused_before_it_starts(tmp_path, monkeypatc
     search = Search(stored(tmp_path, vectors, 1), vectors)
     with pytest.raises(ConfigError, match="64 CPU asked for"):
         mine([search], 3, num_actors=1, threads_per_actor=64)
-    monkeypatch.setattr(app._Job, "num_bytes", 10**14)
+    monkeypatch.setattr(app.SearchJob, "num_bytes", 10**14)
     with pytest.raises(ConfigError, match="a search actor takes about 100,000,000 MB, the largest node has"):
         mine([search], 3, **POOL)
 
