@@ -137,7 +137,7 @@ def ours(folder: Path, products: int, found: dict[str, Any]) -> NDArray[np.int64
     vectors, query_QD = catalog(folder, products)
     connect(RayPlacement(address="local", num_cpus=2))
     first = np.arange(len(vectors)) < K
-    with SearchPool(2, 1, use_gpu=False, num_bytes=1_000_000_000) as pool:
+    with SearchPool(2, 1) as pool:
         pool.run(SearchJob(Search(vectors, query_QD[:4096], first), K, 2, ""))
         with watched(found):
             job = SearchJob(Search(vectors, query_QD), K, 2, "")

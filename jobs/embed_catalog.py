@@ -176,8 +176,7 @@ def search(searches: Sequence[Search], k: int, placement: SearchPlacement, run_f
     """The k nearest products of every query, where the placement says; see `ray_apps.mine.mine`."""
     from ray_apps import mine as app
 
-    if placement.search_on_gpu or sum(one.num_scores for one in searches) > placement.own_scores:
-        connect(placement.embed.ray)
+    connect(placement.embed.ray)
     return app.mine(
         searches,
         k,

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from conf.load import meaning, settings
+from embeddings.index_recipe import IndexRecipe
 from embeddings.mining import TAIL, TOP, MiningRecipe, open_places, select_candidates, without_copies
 from embeddings.vectors import CatalogVectors
 from jobs import job, labelling
@@ -58,6 +59,7 @@ class HardPairRecipe:
         ),
     ] = 1
     mining: MiningRecipe = MiningRecipe()
+    index: Annotated[IndexRecipe, meaning("how neighbours are looked up")] = IndexRecipe()
     embedding: EmbedRecipe = EmbedRecipe()
 
 
@@ -87,6 +89,8 @@ def run(config: Config) -> RunRecord:
             vectors := catalog.vectors(current.lake, model, recipe.embedding),
             np.load(files[model, catalog.dataset], allow_pickle=False),
             _searched(catalog, vectors, instances[catalog.dataset], recipe.scope),
+            recipe.index,
+            str(catalog.store(current.lake, model, recipe.embedding).folder / "indexes"),
         )
         for catalog in catalogs
     ]
@@ -103,7 +107,8 @@ def run(config: Config) -> RunRecord:
     app.drop_kept(run_folder)
     counts = {f"{band}_pairs": pc.sum(pc.equal(data["band"], band)).as_py() or 0 for band in (TOP, TAIL)}
     counts["queries"] = sum(len(own) for own in instances.values())
-    return current.finish(rows=len(data), outputs={"mined_pair": version}, counts=counts)
+    metrics = {f"recall/{catalog.dataset}": own.recall for catalog, own in zip(catalogs, found, strict=True)}
+    return current.finish(rows=len(data), outputs={"mined_pair": version}, counts=counts, metrics=metrics)
 
 
 def _work(current: Run) -> tuple[dict[str, list[dict[str, Any]]], list[Catalog]]:

@@ -3,7 +3,8 @@
 Vectors are files, so any actor can do any piece of work: an actor stays with the part that its memory holds already, a
 piece whose actor died or lags behind goes to another, and blocks of queries that are done are kept for a run that goes
 on. What is found is exact and the same to the bit, whatever the number of parts, blocks and actors
-(`embeddings.exact`).
+(`embeddings.exact`), or what an index of each part names (`embeddings.ann`), whose recall is then measured on a sample.
+Actors import torch or FAISS, never both, since loading both can crash.
 
 Q queries, B queries of a block, P products, K found products, D width of a vector.
 """
@@ -27,6 +28,7 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayActorError
 
+from embeddings.index_recipe import IndexRecipe
 from embeddings.topk import merge_topk
 from embeddings.vectors import CatalogVectors
 from lake.progress import write_progress
@@ -44,6 +46,8 @@ _MOST_LOSSES: Final = 20
 _LATE: Final = 2.0
 """A piece of work that takes so many times the mean is given to an idle actor as well."""
 _LATE_SEC: Final = 10.0
+_PROBED_QUERIES: Final = 200
+"""Queries on which the recall of an index is measured."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,15 @@ class Search:
         vectors: of the catalogue.
         query_QD: query vectors, float32.
         is_kept_P: which catalogue rows may be found; None takes all.
+        index: kind of search.
+        index_folder: where files of an index are kept from run to run, those of the newest catalogue.
     """
 
     vectors: CatalogVectors
     query_QD: NDArray[np.float32]
     is_kept_P: NDArray[np.bool_] | None = None
+    index: IndexRecipe = field(default_factory=IndexRecipe)
+    index_folder: str = ""
 
     def rows(self) -> NDArray[np.int64]:
         """Rows that may be found, as they lie on disk."""
@@ -72,10 +80,15 @@ class Search:
 
 
 class Neighbours(NamedTuple):
-    """The best products of each query, best first; equal scores by ascending row. K may be below what was asked."""
+    """The best products of each query, best first; equal scores by ascending row. K may be below what was asked.
+
+    Where an index named fewer products, the last places have score -inf and row 0. `recall` is the share of the exact
+    neighbours that were found, on a sample of queries.
+    """
 
     score_QK: NDArray[np.float32]
     row_QK: NDArray[np.int64]
+    recall: float = 1.0
 
 
 def mine(
@@ -103,14 +116,19 @@ def mine(
         ConfigError: the cluster has not the CPUs, GPUs or memory.
         RuntimeError: actors die again and again.
     """
-    if not use_gpu and sum(search.num_scores for search in searches) <= own_scores:
+    is_exact = all(search.index.kind == "exact" for search in searches)
+    if is_exact and not use_gpu and sum(search.num_scores for search in searches) <= own_scores:
         return [_search_here(search, k, num_actors * threads_per_actor) for search in searches]
     jobs = [SearchJob(search, k, num_actors, run_folder) for search in searches]
-    size = min(num_actors, max(len(job.waiting) for job in jobs))
+    # an index is measured in any case
+    size = min(num_actors, max(max(len(job.waiting), int(job.uses_index)) for job in jobs))
     if size:
-        with SearchPool(size, threads_per_actor, use_gpu, max(job.num_bytes for job in jobs)) as pool:
-            for job in jobs:
-                pool.run(job)
+        for uses_index in {job.uses_index for job in jobs}:
+            own = [job for job in jobs if job.uses_index == uses_index]
+            most = max(job.num_bytes for job in own)
+            with SearchPool(size, threads_per_actor, use_gpu=use_gpu, num_bytes=most, uses_index=uses_index) as pool:
+                for job in own:
+                    pool.run(job)
     return [job.neighbours() for job in jobs]
 
 
@@ -170,7 +188,11 @@ class SearchJob:
         count = max(1, wanted, -(-num_queries // _BLOCK_QUERIES))
         bounds = [num_queries * number // count for number in range(count + 1)]
         self.blocks = [slice(*pair) for pair in itertools.pairwise(bounds)]
-        self._folder = _kept_folder(run_folder) / self._print(rows) if run_folder else None
+        print_ = self._print(rows)
+        self._folder = _kept_folder(run_folder) / print_ if run_folder else None
+        self.uses_index = search.index.kind != "exact"
+        self.index_folder = Path(search.index_folder, print_) if self.uses_index else None
+        self.recall = 1.0
         self._found: dict[int, Neighbours] = {}
         self._left = dict.fromkeys(range(count), len(self.parts))
         for block in self._left:
@@ -187,7 +209,9 @@ class SearchJob:
     def num_bytes(self) -> int:
         """Memory of an actor at most, in bytes, beside the mapped files."""
         most = max(block.stop - block.start for block in self.blocks)
-        return actor_bytes(most, len(self.search.vectors), self.search.query_QD.shape[1], self.k)
+        width = self.search.query_QD.shape[1]
+        index = self.search.index.num_bytes(max(len(part) for part in self.parts), width)
+        return actor_bytes(most, len(self.search.vectors), width, self.k) + index
 
     @property
     def is_done(self) -> bool:
@@ -216,12 +240,18 @@ class SearchJob:
         """All blocks, in the order of the queries."""
         found = [self._found[block] for block in sorted(self._found)]
         score_QK, row_QK = (np.concatenate([part[side] for part in found]) for side in (0, 1))
-        return Neighbours(score_QK, row_QK)
+        return Neighbours(score_QK, np.where(np.isneginf(score_QK), 0, row_QK), self.recall)
+
+    def measure(self, exact: Neighbours, sample: NDArray[np.int64]) -> None:
+        """Notes the recall by the exact neighbours of a sample of queries."""
+        found = self.neighbours().row_QK[sample]
+        both = sum(np.intersect1d(*pair).size for pair in zip(found, exact.row_QK, strict=True))
+        self.recall = both / max(1, exact.row_QK.size)
 
     def _print(self, rows: NDArray[np.int64]) -> str:
         """16 hex digits that name the search and its cut."""
         vectors, digest = self.search.vectors, hashlib.sha256()
-        digest.update(repr((self.k, len(self.blocks), vectors.paths)).encode())
+        digest.update(repr((self.k, len(self.blocks), vectors.paths, self.search.index)).encode())
         for array in (rows, vectors.file_P, vectors.place_P, np.ascontiguousarray(self.search.query_QD)):
             digest.update(array.tobytes())
         return digest.hexdigest()[:16]
@@ -238,7 +268,7 @@ class SearchJob:
         self._folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._folder, prefix=".block-") as place:
             fresh = Path(place, "block.npz")
-            np.savez(fresh, **found._asdict())
+            np.savez(fresh, score_QK=found.score_QK, row_QK=found.row_QK)
             os.replace(fresh, self._path(block))
 
     def _path(self, block: int) -> Path:
@@ -272,15 +302,19 @@ class SearchPool:
         threads: CPUs and threads of each.
         use_gpu: gives each a GPU.
         num_bytes: memory of each, for which Ray looks for a node.
+        uses_index: its jobs search an index, by FAISS.
 
     Raises:
         ConfigError: the cluster has not the CPUs, GPUs or memory.
     """
 
-    def __init__(self, size: int, threads: int, use_gpu: bool, num_bytes: int) -> None:
+    def __init__(
+        self, size: int, threads: int, *, use_gpu: bool = False, num_bytes: int = 0, uses_index: bool = False
+    ) -> None:
         check_resources(size * threads, size * int(use_gpu))
         check_memory(num_bytes, "a search actor")
-        self._threads, self._use_gpu = threads, use_gpu
+        self._threads, self._device = threads, "cuda" if use_gpu and not uses_index else "cpu"
+        self._uses_index = uses_index
         self._options = ray.remote(_Searcher).options(
             num_cpus=threads, num_gpus=int(use_gpu), memory=num_bytes, scheduling_strategy="SPREAD"
         )
@@ -303,6 +337,8 @@ class SearchPool:
             job.num_bytes // 1_000_000,
         )
         given = _Given(ray.put(job.search.vectors), [ray.put(part) for part in job.parts])
+        if job.uses_index:
+            self._train(job, given)
         running: dict[Any, _Member] = {}
         started = time.monotonic()
         seconds: list[float] = []
@@ -329,6 +365,8 @@ class SearchPool:
         for member in running.values():
             ray.kill(member.actor)
             member.actor, member.piece, member.part = self._start().actor, None, None
+        if job.uses_index:
+            self._probe(job, given)
 
     def __enter__(self) -> SearchPool:
         return self
@@ -338,7 +376,7 @@ class SearchPool:
             ray.kill(member.actor)
 
     def _start(self) -> _Member:
-        return _Member(self._options.remote(self._threads, "cuda" if self._use_gpu else "cpu"))
+        return _Member(self._options.remote(self._threads, self._device, uses_index=self._uses_index))
 
     def _next(self, job: SearchJob, member: _Member, seconds: Sequence[float]) -> _Piece | None:
         """The next piece of the part that the actor has read, else of another; at the end a late one of others."""
@@ -357,7 +395,32 @@ class SearchPool:
         if piece.block not in given.blocks:
             given.blocks[piece.block] = ray.put(np.ascontiguousarray(job.search.query_QD[job.blocks[piece.block]]))
         member.piece, member.part, member.since = piece, piece.part, time.monotonic()
-        return member.actor.search.remote(given.vectors, given.parts[piece.part], given.blocks[piece.block], job.k)
+        where = given.vectors, given.parts[piece.part], given.blocks[piece.block], job.k
+        if not job.uses_index:
+            return member.actor.search.remote(*where)
+        return member.actor.search_index.remote(*where, str(job.index_folder), piece.part, job.search.index)
+
+    def _train(self, job: SearchJob, given: _Given) -> None:
+        """Learns what all parts of the index share, where no earlier run has, and drops other catalogues' files."""
+        folder = Path(str(job.index_folder))
+        for other in folder.parent.glob("*"):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+        rows, size = ray.put(np.concatenate(job.parts)), max(len(part) for part in job.parts)
+        ray.get(self._members[0].actor.train.remote(str(folder), given.vectors, rows, job.search.index, size))
+
+    def _probe(self, job: SearchJob, given: _Given) -> None:
+        """Measures the recall of the index on queries spread over all."""
+        count = len(job.search.query_QD)
+        sample = np.unique(np.linspace(0, count - 1, min(_PROBED_QUERIES, count)).astype(np.int64))
+        queries = ray.put(np.ascontiguousarray(job.search.query_QD[sample]))
+        found = [
+            self._members[part % len(self._members)].actor.nearest.remote(given.vectors, rows, queries, job.k)
+            for part, rows in enumerate(given.parts)
+        ]
+        scores, rows = zip(*ray.get(found), strict=True)
+        job.measure(Neighbours(*merge_topk(scores, rows, job.k)), sample)
+        log.info("mine: the index finds %.4f of the %d nearest, on %d queries", job.recall, job.k, len(sample))
 
     def _replace(self, job: SearchJob, member: _Member, piece: _Piece | None, error: RayActorError) -> None:
         """Puts another actor in the place of one that died; its work goes back to what waits."""
@@ -383,11 +446,17 @@ class SearchPool:
 class _Searcher:
     """Actor that searches parts of catalogues."""
 
-    def __init__(self, threads: int, device: str) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
+    def __init__(self, threads: int, device: str, *, uses_index: bool) -> None:
         self._device = device
+        self._opened: tuple[tuple[str, int], Any] | None = None
+        if uses_index:
+            import faiss
+
+            faiss.omp_set_num_threads(threads)
+        else:
+            import torch
+
+            torch.set_num_threads(threads)
 
     def pid(self) -> int:
         """Process of the actor."""
@@ -400,3 +469,39 @@ class _Searcher:
         from embeddings.exact import ExactSearch
 
         return ExactSearch(vectors, row_P, device=self._device).search(query_BD, k)
+
+    def search_index(
+        self,
+        vectors: CatalogVectors,
+        row_P: NDArray[np.int64],
+        query_BD: NDArray[np.float32],
+        k: int,
+        folder: str,
+        part: int,
+        recipe: IndexRecipe,
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The best k of each query that the index of a part names; builds the index where it is missing."""
+        from embeddings.ann import IndexPart
+
+        if self._opened is None or self._opened[0] != (folder, part):
+            self._opened = None
+            self._opened = (folder, part), IndexPart(folder, part, vectors, row_P, recipe)
+        found: tuple[NDArray[np.float32], NDArray[np.int64]] = self._opened[1].search(query_BD, k)
+        return found
+
+    def train(
+        self, folder: str, vectors: CatalogVectors, row_P: NDArray[np.int64], recipe: IndexRecipe, part_rows: int
+    ) -> None:
+        """Writes what all parts of an index share, where it is missing."""
+        from embeddings.ann import TRAINED, train_index
+
+        if not Path(folder, TRAINED).is_file():
+            train_index(Path(folder, TRAINED), vectors, row_P, recipe, part_rows)
+
+    def nearest(
+        self, vectors: CatalogVectors, row_P: NDArray[np.int64], query_BD: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The nearest rows without an index."""
+        from embeddings.ann import nearest_rows
+
+        return nearest_rows(vectors, row_P, query_BD, k)

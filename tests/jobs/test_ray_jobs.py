@@ -278,10 +278,12 @@ def test_manifest_names_every_file_of_vectors_once(chain):
         assert row["sha256"] == hashlib.sha256(Path(lake.path(row["path"])).read_bytes()).hexdigest()
 
 
-def test_the_plan_counts_what_is_left_to_do(chain, tmp_path):
-    lake, _ = chain
+def test_the_plan_counts_what_is_left_to_do(chain):
+    lake, records = chain
     config = mine_hard_pairs.Config(
-        lake=lake.root, inputs=mine_hard_pairs.Inputs(model=search.encoder_folder(lake, "stage1")), placement=SEARCH
+        lake=lake.root,
+        inputs=mine_hard_pairs.Inputs(model=records["stage1"].outputs["encoder"]),
+        placement=SEARCH,
     )
     planned = mine_hard_pairs.plan(config)
     assert (planned.products, planned.width, planned.vector_bytes) == (30, 64, 30 * 64 * 2)
@@ -293,7 +295,7 @@ def test_the_plan_counts_what_is_left_to_do(chain, tmp_path):
 
 def test_a_second_round_keeps_the_first_and_finds_other_pairs(chain):
     lake, records = chain
-    model = search.encoder_folder(lake, "stage2")
+    model = records["stage2"].outputs["encoder"]
     second = mine_hard_pairs.run(
         mine_hard_pairs.Config(
             lake=lake.root,

@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from conf.load import ConfigError
+from embeddings.index_recipe import IndexRecipe
 from embeddings.vectors import VectorStore, write_vectors
 from ray_apps import mine as app
 from ray_apps.mine import Search, drop_kept, mine
@@ -151,6 +152,35 @@ def test_a_late_piece_is_given_to_an_idle_actor_as_well(tmp_path, monkeypatch):
                 os.kill(pid, signal.SIGCONT)
     assert same(found, expected)
     assert pieces.count((2, 0)) == 2
+
+
+@pytest.mark.usefixtures("ray_cluster", "small_pieces")
+def test_an_index_is_built_once_and_its_recall_measured(tmp_path):
+    vectors = unit_vectors(120)
+    catalog, index = stored(tmp_path / "v", vectors, 2), IndexRecipe(kind="ivf_flat", lists=1, probes=1)
+    search = Search(catalog, vectors[:30], index=index, index_folder=str(tmp_path / "indexes"))
+    (found,) = mine([search], 10, **POOL, own_scores=1e9, run_folder=str(tmp_path / "run"))
+    (expected,) = mine([Search(catalog, vectors[:30])], 10, **POOL, own_scores=1e9)
+    assert same(found, expected)  # one list is the whole part
+    assert found.recall > 0.99  # neighbours of equal text may be exchanged
+    files = sorted(path.name for path in (tmp_path / "indexes").glob("*/*"))
+    assert files == ["part-00000.faiss", "part-00001.faiss", "part-00002.faiss", "trained.faiss"]
+    built = [path.stat().st_mtime_ns for path in (tmp_path / "indexes").glob("*/*")]
+    (again,) = mine([search], 10, **POOL, run_folder=str(tmp_path / "run"))
+    assert same(again, found)
+    assert again.recall == found.recall
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "indexes").glob("*/*")] == built
+    # a part with few lists looked at misses some, and says so
+    other = Search(
+        catalog,
+        vectors[:30],
+        np.arange(120) > 3,
+        index=IndexRecipe(kind="hnsw", links=2, links_looked_at=1, spare=0),
+        index_folder=str(tmp_path / "indexes"),
+    )
+    (poor,) = mine([other], 10, **POOL)
+    assert poor.recall < 1
+    assert len(list((tmp_path / "indexes").iterdir())) == 1
 
 
 @pytest.mark.usefixtures("ray_cluster")
