@@ -45,7 +45,7 @@ def train_index(
     sample = np.random.default_rng(recipe.seed).permutation(len(row_P))[: recipe.train_rows]
     sample_SD = vectors.take(vectors.in_file_order(row_P[np.sort(sample)]))
     lists = min(recipe.lists or round(4 * np.sqrt(part_rows)), max(1, len(sample_SD) // _LEAST_PER_LIST))
-    index = faiss.index_factory(vectors.width, recipe.factory(lists, vectors.width), faiss.METRIC_INNER_PRODUCT)
+    index: Any = faiss.index_factory(vectors.width, recipe.factory(lists, vectors.width), faiss.METRIC_INNER_PRODUCT)
     if recipe.kind == "hnsw":
         index.hnsw.efConstruction = recipe.links_looked_at
     index.train(sample_SD)
@@ -71,11 +71,12 @@ class IndexPart:
         if not path.is_file():
             self._build(Path(folder, TRAINED), path)
         # lists stay in the file and are read as they are probed
-        self._index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if recipe.has_lists else 0)
+        index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if recipe.has_lists else 0)
         if recipe.has_lists:
-            self._index.nprobe = recipe.probes
+            index.nprobe = recipe.probes
         else:
-            self._index.hnsw.efSearch = recipe.links_looked_at
+            index.hnsw.efSearch = recipe.links_looked_at
+        self._index = index
 
     def search(self, query_QD: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The best k of the candidates that the index names, equal scores by ascending row.

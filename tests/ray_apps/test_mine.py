@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -171,13 +172,8 @@ def test_an_index_is_built_once_and_its_recall_measured(tmp_path):
     assert again.recall == found.recall
     assert [path.stat().st_mtime_ns for path in (tmp_path / "indexes").glob("*/*")] == built
     # a part with few lists looked at misses some, and says so
-    other = Search(
-        catalog,
-        vectors[:30],
-        np.arange(120) > 3,
-        index=IndexRecipe(kind="hnsw", links=2, links_looked_at=1, spare=0),
-        index_folder=str(tmp_path / "indexes"),
-    )
+    narrow = IndexRecipe(kind="hnsw", links=2, links_looked_at=1, spare=0)
+    other = dataclasses.replace(search, is_kept_P=np.arange(120) > 3, index=narrow)
     (poor,) = mine([other], 10, **POOL)
     assert poor.recall < 1
     assert len(list((tmp_path / "indexes").iterdir())) == 1
