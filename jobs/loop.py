@@ -11,7 +11,7 @@ import importlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from conf.load import ConfigError, load, meaning, read_yaml, settings
 from jobs import import_dataset, job, models
@@ -41,6 +41,13 @@ class Config:
         bool, meaning("train in fp32 with fixed threads, so that a resumed training is bit-equal to an unbroken one")
     ] = False
     inputs: Inputs = Inputs()
+    stage2_begins: Annotated[
+        Literal["stage1", "pretrained"],
+        meaning(
+            "weights that stage 2 begins with; pretrained: what is published is the mean of it and stage 1, with "
+            "steps.train_stage2.recipe.train.mixed_share of stage 1"
+        ),
+    ] = "stage1"
     imports: Annotated[
         dict[str, str], meaning("data sets to import: kind -> folder below inputs.root; none: simulate one")
     ] = dataclasses.field(default_factory=dict)
@@ -90,7 +97,7 @@ AFTER_IMPORT = (
         "evaluate_retrieval",
         "evaluate_retrieval",
         takes=(
-            ("pretrained", "pretrained"),
+            ("pretrained", "train_stage1/pretrained"),
             ("stage1", "train_stage1/encoder"),
             ("stage2", "train_stage2/encoder"),
         ),
@@ -98,7 +105,7 @@ AFTER_IMPORT = (
     Step("report", "report", takes=(("labeller", "labeller"),)),
 )
 CHOSEN = {
-    "pretrained": "pretrained",
+    "pretrained": "train_stage1/pretrained",
     "stage1": "train_stage1/encoder",
     "stage2": "train_stage2/encoder",
     "labeller": "labeller",
@@ -161,6 +168,9 @@ def plan_steps(config: Config) -> tuple[Step, ...]:
         for kind, folder in config.imports.items()
     )
     steps = (*(imports or (Step("simulate", "simulate"),)), *AFTER_IMPORT)
+    if config.stage2_begins == "pretrained":
+        mixed = (("mixed_with", "train_stage1/encoder"),)
+        steps = tuple(dataclasses.replace(step, takes=mixed) if step.name == "train_stage2" else step for step in steps)
     unknown = sorted(set(config.steps) - {step.name for step in steps})
     if unknown:
         raise ConfigError(f"steps.{unknown[0]}: no such step; steps: {', '.join(step.name for step in steps)}")
@@ -187,10 +197,20 @@ def _step_config(config: Config, step: Step) -> Any:
     shared = {"tune_labeller": training, "train_encoder": {"train": training}}.get(step.job, {})
     own = config.steps.get(step.name, {})
     _check_own(step, own)
+    if step.name == "train_stage2" and config.stage2_begins == "pretrained":
+        # the two that are mixed must be built alike
+        first = config.steps.get("train_stage1", {}).get("recipe", {})
+        own = _merge({"recipe": {name: first[name] for name in ("encoder", "text") if name in first}}, own)
     given = _merge({"recipe": shared} if shared else {}, own)
     values = _merge(read_yaml(step.job, "dev"), _merge(given, step.fixed))
     values |= {"lake": config.lake, "setting": config.setting}
-    return load(module.Config, values, source=f"loop {config.setting}: steps.{step.name}")
+    found = load(module.Config, values, source=f"loop {config.setting}: steps.{step.name}")
+    if any(name == "mixed_with" for name, _ in step.takes) and not found.recipe.train.mixed_share:
+        raise ConfigError(
+            "stage2_begins=pretrained: nothing of stage 1 would be in what is published; give "
+            f"steps.{step.name}.recipe.train.mixed_share"
+        )
+    return found
 
 
 def _check_own(step: Step, own: Mapping[str, Any]) -> None:
@@ -199,7 +219,8 @@ def _check_own(step: Step, own: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming the first.
     """
-    pinned = {"inputs": dict.fromkeys([*TABLES, "raw", "logs", *(name for name, _ in step.takes)])}
+    begins = ("model", "mixed_with") if step.job == "train_encoder" else ()
+    pinned = {"inputs": dict.fromkeys([*TABLES, "raw", "logs", *begins, *(name for name, _ in step.takes)])}
     taken = _first_shared(own, {"lake": None, "setting": None} | _merge(pinned, step.fixed))
     if taken:
         raise ConfigError(f"steps.{step.name}.{taken}: the loop sets this itself; leave it out")

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from conf.load import ConfigError, list_settings
@@ -33,6 +35,24 @@ def test_seed_and_determinism_reach_both_trainings():
     for name, stage in (("train_stage1", 1), ("train_stage2", 2)):
         train = by_name[name].train
         assert (train.seed, train.deterministic, train.stage) == (5, True, stage)
+
+
+def test_stage_2_may_begin_anew_and_be_mixed_with_stage_1():
+    words = ["stage2_begins=pretrained", "steps.train_stage1.recipe.text.clauses=['{title}']"]
+    config = loop.load_config("demo", [*words, "steps.train_stage2.recipe.train.mixed_share=0.5"])
+    step = next(step for step in loop.plan_steps(config) if step.name == "train_stage2")
+    assert dict(step.takes) == {"mixed_with": "train_stage1/encoder"}
+    assert loop._step_config(config, step).recipe.text.clauses == ("{title}",)
+    for key in ("model", "mixed_with"):
+        with pytest.raises(ConfigError, match=f"inputs.{key}: the loop sets this itself"):
+            loop._step_config(dataclasses.replace(config, steps={"train_stage2": {"inputs": {key: "there"}}}), step)
+
+
+def test_a_mean_of_which_stage_1_has_no_share_stops_before_the_first_step(tmp_path):
+    words = ["stage2_begins=pretrained", "steps.train_stage2.recipe.train.mixed_share=0"]
+    with pytest.raises(ConfigError, match=r"give steps\.train_stage2\.recipe\.train\.mixed_share"):
+        loop.run(loop.load_config("demo", [f"lake={tmp_path}/lake", *words]))
+    assert not (tmp_path / "lake" / "raw").exists()
 
 
 def test_a_lake_that_cannot_be_written_is_said_at_once(tmp_path):
