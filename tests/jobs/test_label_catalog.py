@@ -191,4 +191,4 @@ def test_the_tightest_budget_counts():
     assert allowed(max_hours=160 / 3600) == 200
     assert allowed(max_hours=160 / 3600, max_cost=2.0 * 110 / 3600) == 100
     assert allowed(max_hours=1 / 3600) == 0
-    assert "GPU-hours" in cost.render(dataclasses.replace(plan, on_gpu=True))
+    assert "GPU-hours" in dataclasses.replace(plan, on_gpu=True).render()
