@@ -19,12 +19,10 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from embeddings.index_recipe import IndexRecipe
+from embeddings.index_recipe import TRAINED, IndexRecipe
 from embeddings.topk import best, check_vectors, merge_topk
 from embeddings.vectors import CatalogVectors
 
-TRAINED: Final = "trained.faiss"
-"""Name of the empty index that all parts begin with."""
 _ADDED_ROWS: Final = 65_536
 _LEAST_PER_LIST: Final = 39
 """Vectors per list below which FAISS warns that k-means has too few (faiss 1.15, ClusteringParameters)."""

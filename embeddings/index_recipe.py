@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from conf.load import meaning, settings
+
+TRAINED: Final = "trained.faiss"
+"""Name of the empty index that all parts begin with."""
 
 
 @settings
@@ -35,6 +38,14 @@ class IndexRecipe:
     def has_lists(self) -> bool:
         """Whether it is an inverted file, whose lists are read from disk as they are probed."""
         return self.kind in ("ivf_flat", "ivf_pq")
+
+    @property
+    def built_by(self) -> tuple[object, ...]:
+        """What the files of an index follow from, apart from the vectors; the rest is how it is searched."""
+        common = (self.kind, self.seed, self.train_rows)
+        if self.has_lists:
+            return (*common, self.lists, self.code_bytes if self.kind == "ivf_pq" else 0)
+        return (*common, self.links, self.links_looked_at)
 
     def factory(self, lists: int, width: int) -> str:
         """FAISS's name of the index.

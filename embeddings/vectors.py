@@ -134,7 +134,11 @@ class CatalogVectors:
 
     def in_file_order(self, row_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows as they lie on disk, so that reading them in turn reads files from front to back."""
-        ordered_N: NDArray[np.int64] = row_N[np.lexsort((self.place_P[row_N], self.file_P[row_N]))]
+        file_N, place_N = self.file_P[row_N], self.place_P[row_N]
+        step_N, is_same_N = np.diff(file_N), np.diff(place_N) >= 0
+        if bool(((step_N > 0) | ((step_N == 0) & is_same_N)).all()):
+            return row_N
+        ordered_N: NDArray[np.int64] = row_N[np.lexsort((place_N, file_N))]
         return ordered_N
 
     def take(self, row_N: NDArray[np.int64]) -> NDArray[np.float32]:

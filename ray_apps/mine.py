@@ -28,7 +28,7 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayActorError
 
-from embeddings.index_recipe import IndexRecipe
+from embeddings.index_recipe import TRAINED, IndexRecipe
 from embeddings.topk import merge_topk
 from embeddings.vectors import CatalogVectors
 from lake.progress import write_progress
@@ -163,6 +163,14 @@ def _search_here(search: Search, k: int, threads: int) -> Neighbours:
         torch.set_num_threads(before)
 
 
+def _print_of(facts: tuple[object, ...], *arrays: NDArray[Any]) -> str:
+    """16 hex digits over facts and arrays."""
+    digest = hashlib.sha256(repr(facts).encode())
+    for array in arrays:
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
+
+
 class _Piece(NamedTuple):
     """A part of the catalogue for a block of queries."""
 
@@ -188,10 +196,14 @@ class SearchJob:
         count = max(1, wanted, -(-num_queries // _BLOCK_QUERIES))
         bounds = [num_queries * number // count for number in range(count + 1)]
         self.blocks = [slice(*pair) for pair in itertools.pairwise(bounds)]
-        print_ = self._print(rows)
-        self._folder = _kept_folder(run_folder) / print_ if run_folder else None
+        vectors = search.vectors
+        catalog = _print_of(vectors.paths, rows, vectors.file_P, vectors.place_P)
         self.uses_index = search.index.kind != "exact"
-        self.index_folder = Path(search.index_folder, print_) if self.uses_index else None
+        if self.uses_index and not search.index_folder:
+            raise ValueError("SearchJob: an index needs index_folder, where its files are kept")
+        self.index_folder = Path(search.index_folder, _print_of((catalog, search.index.built_by)))
+        of_job = _print_of((catalog, k, count, search.index), np.ascontiguousarray(search.query_QD))
+        self._folder = _kept_folder(run_folder) / of_job if run_folder else None
         self.recall = 1.0
         self._found: dict[int, Neighbours] = {}
         self._left = dict.fromkeys(range(count), len(self.parts))
@@ -217,6 +229,11 @@ class SearchJob:
     def is_done(self) -> bool:
         """Whether all blocks are found."""
         return not any(self._left.values())
+
+    @property
+    def num_done(self) -> int:
+        """Pieces of work done."""
+        return len(self._done)
 
     def is_piece_done(self, piece: _Piece) -> bool:
         """Whether another actor was sooner."""
@@ -247,14 +264,6 @@ class SearchJob:
         found = self.neighbours().row_QK[sample]
         both = sum(np.intersect1d(*pair).size for pair in zip(found, exact.row_QK, strict=True))
         self.recall = both / max(1, exact.row_QK.size)
-
-    def _print(self, rows: NDArray[np.int64]) -> str:
-        """16 hex digits that name the search and its cut."""
-        vectors, digest = self.search.vectors, hashlib.sha256()
-        digest.update(repr((self.k, len(self.blocks), vectors.paths, self.search.index)).encode())
-        for array in (rows, vectors.file_P, vectors.place_P, np.ascontiguousarray(self.search.query_QD)):
-            digest.update(array.tobytes())
-        return digest.hexdigest()[:16]
 
     def _kept(self, block: int) -> Neighbours | None:
         if self._folder is None or not (path := self._path(block)).is_file():
@@ -402,10 +411,10 @@ class SearchPool:
 
     def _train(self, job: SearchJob, given: _Given) -> None:
         """Learns what all parts of the index share, where no earlier run has, and drops other catalogues' files."""
-        folder = Path(str(job.index_folder))
-        for other in folder.parent.glob("*"):
-            if other != folder:
-                shutil.rmtree(other, ignore_errors=True)
+        folder = job.index_folder
+        for trained in folder.parent.glob(f"*/{TRAINED}"):
+            if trained.parent != folder:
+                shutil.rmtree(trained.parent, ignore_errors=True)
         rows, size = ray.put(np.concatenate(job.parts)), max(len(part) for part in job.parts)
         ray.get(self._members[0].actor.train.remote(str(folder), given.vectors, rows, job.search.index, size))
 
@@ -437,10 +446,9 @@ class SearchPool:
             job.waiting.append(piece)
 
     def _tell(self, job: SearchJob, started: float) -> None:
-        done, elapsed = job.total - len(job.waiting), time.monotonic() - started
-        log.info("mine: %d of %d pieces, %.1f s", done, job.total, elapsed)
+        log.info("mine: %d of %d pieces, %.1f s", job.num_done, job.total, time.monotonic() - started)
         if job.run_folder:
-            write_progress(job.run_folder, done=done, total=job.total, note="pieces of work searched")
+            write_progress(job.run_folder, done=job.num_done, total=job.total, note="pieces of work searched")
 
 
 class _Searcher:
@@ -493,7 +501,7 @@ class _Searcher:
         self, folder: str, vectors: CatalogVectors, row_P: NDArray[np.int64], recipe: IndexRecipe, part_rows: int
     ) -> None:
         """Writes what all parts of an index share, where it is missing."""
-        from embeddings.ann import TRAINED, train_index
+        from embeddings.ann import train_index
 
         if not Path(folder, TRAINED).is_file():
             train_index(Path(folder, TRAINED), vectors, row_P, recipe, part_rows)

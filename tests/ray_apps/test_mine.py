@@ -171,12 +171,19 @@ def test_an_index_is_built_once_and_its_recall_measured(tmp_path):
     assert same(again, found)
     assert again.recall == found.recall
     assert [path.stat().st_mtime_ns for path in (tmp_path / "indexes").glob("*/*")] == built
+    # other queries, and more lists looked at, read the same files
+    index = dataclasses.replace(index, probes=7)
+    mine([dataclasses.replace(search, query_QD=vectors[40:50], index=index)], 10, **POOL)
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "indexes").glob("*/*")] == built
+    with pytest.raises(ValueError, match="needs index_folder"):
+        mine([dataclasses.replace(search, index_folder="")], 10, **POOL)
     # a part with few lists looked at misses some, and says so
+    (tmp_path / "indexes" / "notes").mkdir()
     narrow = IndexRecipe(kind="hnsw", links=2, links_looked_at=1, spare=0)
     other = dataclasses.replace(search, is_kept_P=np.arange(120) > 3, index=narrow)
     (poor,) = mine([other], 10, **POOL)
     assert poor.recall < 1
-    assert len(list((tmp_path / "indexes").iterdir())) == 1
+    assert len(list((tmp_path / "indexes").iterdir())) == 2
 
 
 @pytest.mark.usefixtures("ray_cluster")
