@@ -79,6 +79,8 @@ def test_a_run_that_goes_on_searches_only_blocks_that_are_missing(tmp_path, monk
     kept = sorted(Path(folder, "neighbours").rglob("*.npz"))
     assert len(kept) == 5
     kept[2].unlink()
+    # no piece is late, however slowly actors start
+    monkeypatch.setattr(app, "_LATE_SEC", 600.0)
     given = []
     give = app.SearchPool._give
     monkeypatch.setattr(app.SearchPool, "_give", lambda *args: given.append(args[-1]) or give(*args))
