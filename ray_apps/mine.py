@@ -26,7 +26,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 
 from embeddings.index_recipe import TRAINED, IndexRecipe
 from embeddings.topk import merge_topk
@@ -363,7 +363,8 @@ class SearchPool:
                 piece, member.piece = member.piece, None
                 try:
                     found = ray.get(reference)
-                except RayActorError as error:
+                except (RayActorError, ObjectLostError) as error:
+                    # what an actor found is lost with its node even after it was done
                     self._replace(job, member, piece, error)
                     continue
                 seconds.append(time.monotonic() - member.since)
@@ -431,7 +432,7 @@ class SearchPool:
         job.measure(Neighbours(*merge_topk(scores, rows, job.k)), sample)
         log.info("mine: the index finds %.4f of the %d nearest, on %d queries", job.recall, job.k, len(sample))
 
-    def _replace(self, job: SearchJob, member: _Member, piece: _Piece | None, error: RayActorError) -> None:
+    def _replace(self, job: SearchJob, member: _Member, piece: _Piece | None, error: Exception) -> None:
         """Puts another actor in the place of one that died; its work goes back to what waits."""
         self._losses += 1
         if self._losses > _MOST_LOSSES:
