@@ -78,7 +78,8 @@ def compare_vectors(
     exact_QD, exact_PD, placed_QD, placed_PD = map(_unit, (exact_QD, exact_PD, placed_QD, placed_PD))
     cosine = np.concatenate([(exact_QD * placed_QD).sum(axis=1), (exact_PD * placed_PD).sum(axis=1)])
     depth, error, overlap = min(_DEPTH, len(exact_PD)), 0.0, []
-    ndcg_exact, ndcg_placed = [], []
+    ndcg_exact: list[float] = []
+    ndcg_placed: list[float] = []
     for row in range(len(exact_QD)):
         exact_P, placed_P = exact_PD @ exact_QD[row], placed_PD @ placed_QD[row]
         error = max(error, float(np.abs(exact_P - placed_P).max()))
@@ -102,4 +103,5 @@ def compare_vectors(
 
 
 def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
+    norm = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / norm.clip(min=np.finfo(np.float32).tiny), dtype=np.float32)

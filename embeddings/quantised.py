@@ -18,6 +18,7 @@ import hashlib
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -37,7 +38,7 @@ from embeddings.lanes import run_in_lanes
 log = logging.getLogger(__name__)
 
 NUM_CALIBRATION_TEXTS: Final = 300
-"""NNCF's own default; more moved no cosine in the third digit."""
+"""NNCF's own default."""
 _MODEL_FILE = "int8.xml"
 _FORMAT = 1
 
@@ -147,14 +148,18 @@ def build_quantised(
 
 def _quantise(model: SentenceTransformer, side: Side, texts: Sequence[str], file: Path) -> None:
     """Traces tokens to vectors of one side, sets the ranges by the texts and writes the graph."""
-    with _without_telemetry():
+    with _without_telemetry(), warnings.catch_warnings():
+        # 2026-11: OpenVINO traces, which torch 2.13 calls deprecated; what the trace holds for constants is the model's
+        warnings.simplefilter("ignore")
         openvino, nncf = _openvino(), _nncf()
         model.eval()
         features = tokenize(model, texts[:2], side, device="cpu")
         example = {name: value for name, value in features.items() if isinstance(value, Tensor) and value.ndim == 2}
         rest = {name: value for name, value in features.items() if name not in example}
         with torch.inference_mode():
-            graph = openvino.convert_model(_Side(model, side, tuple(example), rest), example_input=tuple(example.values()))
+            graph = openvino.convert_model(
+                _Side(model, side, tuple(example), rest), example_input=tuple(example.values())
+            )
         for port, name in zip(graph.inputs, example, strict=True):
             port.get_tensor().set_names({name})
 
@@ -175,9 +180,7 @@ def _quantise(model: SentenceTransformer, side: Side, texts: Sequence[str], file
 class _Side(nn.Module):
     """Token tensors to normalised vectors, with positional arguments, as tracing wants them."""
 
-    def __init__(
-        self, model: SentenceTransformer, side: Side, names: tuple[str, ...], rest: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, model: SentenceTransformer, side: Side, names: tuple[str, ...], rest: Mapping[str, Any]) -> None:
         super().__init__()
         self.model, self.side, self.names, self.rest = model, side, names, rest
 
