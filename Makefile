@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 LAKE ?= .assay/demo
-EXTRAS := spark,ray,train,ann,label-cpu,s3,mlflow,demo,notebook,dev
+EXTRAS := spark,ray,train,ann,int8,label-cpu,s3,mlflow,demo,notebook,dev
 export HF_HUB_OFFLINE ?= 1
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV := 0
 

@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from conf.load import ConfigError, validate
 from embeddings.backbone import SHIPPED, resolve_model
+from embeddings.lanes import run_in_lanes, split_by_length
 from embeddings.recipes import CARD_FILE as CARD_FILE
 from embeddings.recipes import EncoderRecipe as EncoderRecipe
 from embeddings.recipes import read_card as read_card
@@ -41,6 +42,7 @@ from embeddings.text import TextRecipe
 Side = Literal["query", "document"]
 SIDES: tuple[Side, Side] = ("query", "document")
 _MAX_MEASURED = 20_000
+_TOKENS_AT_ONCE = 2**18
 
 
 def build_encoder(recipe: EncoderRecipe, *, device: str = "cpu") -> SentenceTransformer:
@@ -198,19 +200,35 @@ def encode(
         model: is put into evaluation mode.
         texts: without prefixes, the model adds its own.
         side: which head, prefix and token limit.
-        batch_tokens: padded tokens of one forward pass, estimated from characters; bounds the memory.
+        batch_tokens: padded tokens of one forward pass; on the CPU each of torch's threads computes one of its own.
         bf16: computes in bfloat16; see `backbone.has_fast_bf16`.
     """
     model.eval()
     order, row_N = distinct(texts)
     vectors = np.empty((len(order), model.get_embedding_dimension()), dtype=np.float32)
-    start = 0
-    with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        for features in token_batches(model, order, side, batch_tokens=batch_tokens):
-            batch_ND = forward(model, features, side)
-            vectors[start : start + len(batch_ND)] = batch_ND.cpu().numpy()
-            start += len(batch_ND)
+
+    def work(batches: Iterator[tuple[NDArray[np.intp], dict[str, Any]]]) -> None:
+        # one context for all batches: at its end autocast forgets its copies of the weights
+        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            for rows, features in batches:
+                vectors[rows] = forward(model, place_features(features, model.device), side).cpu().numpy()
+
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    num_lanes = 1 if model.device.type != "cpu" or is_compiled else torch.get_num_threads()
+    run_in_lanes(length_batches(model, order, side, batch_tokens=batch_tokens), work, num_lanes)
     return vectors[row_N]
+
+
+def length_batches(
+    model: SentenceTransformer, texts: Sequence[str], side: Side, *, batch_tokens: int = 4096
+) -> Iterator[tuple[NDArray[np.intp], dict[str, Any]]]:
+    """Rows of texts, which come longest first, and their tokens on the CPU, batched as in `lanes.split_by_length`."""
+    start = 0
+    # some ten thousand titles at a time, so that memory does not grow with the catalogue
+    for features in token_batches(model, texts, side, batch_tokens=_TOKENS_AT_ONCE, device="cpu"):
+        for rows, batch in split_by_length(features, batch_tokens=batch_tokens):
+            yield rows + start, batch
+        start += len(features["attention_mask"])
 
 
 def distinct(texts: Sequence[str]) -> tuple[list[str], NDArray[np.intp]]:
@@ -221,7 +239,12 @@ def distinct(texts: Sequence[str]) -> tuple[list[str], NDArray[np.intp]]:
 
 
 def token_batches(
-    model: SentenceTransformer, texts: Sequence[str], side: Side, *, batch_tokens: int = 4096
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    side: Side,
+    *,
+    batch_tokens: int = 4096,
+    device: str | torch.device | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Token tensors of runs of texts, which come longest first, whose padded size stays within the tokens."""
     limit, start = max_tokens(model, side), 0
@@ -229,7 +252,7 @@ def token_batches(
         # three characters per token is on the safe side for European languages
         width = min(limit, len(texts[start]) // 3 + 3)
         size = max(1, batch_tokens // width)
-        yield tokenize(model, texts[start : start + size], side)
+        yield tokenize(model, texts[start : start + size], side, device=device)
         start += size
 
 
@@ -241,8 +264,12 @@ def tokenize(
     names = ("query",) if side == "query" else ("document", "passage", "corpus")
     prompt = next((model.prompts[name] for name in names if name in model.prompts), None)
     features = model.preprocess(list(texts), prompt=prompt, task=side)
-    place = device or model.device
-    return {name: value.to(place) if isinstance(value, Tensor) else value for name, value in features.items()}
+    return place_features(features, device or model.device)
+
+
+def place_features(features: Mapping[str, Any], device: str | torch.device) -> dict[str, Any]:
+    """The tensors among them on a device, the rest as it is."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in features.items()}
 
 
 def forward(model: SentenceTransformer, features: Mapping[str, Any], side: Side) -> Tensor:

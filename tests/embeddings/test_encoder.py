@@ -128,6 +128,25 @@ def test_vectors_come_in_input_order_whatever_the_batches(recipe):
     assert encode(model, [], "query").shape == (0, 64)
 
 
+def test_vectors_are_sentence_transformers_own_whatever_the_threads_and_scripts(recipe):
+    model = build_encoder(recipe)
+    perturb(model)
+    # as many characters, yet many more tokens
+    texts = [
+        f"{word} {number}" for number in range(40) for word in ("lamp", "灯具", "ランプ", "a, b; c", "garden hose")
+    ]
+    expected, before = model.encode_document(texts), torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for batch_tokens in (64, 4096):
+                vectors = encode(model, texts, "document", batch_tokens=batch_tokens)
+                np.testing.assert_allclose(vectors, expected, atol=1e-6)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_bf16_vectors_stay_close_and_normalised(recipe):
     model = build_encoder(recipe)
     exact, fast = (encode(model, TEXTS, "query", bf16=bf16) for bf16 in (False, True))
