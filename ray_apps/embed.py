@@ -14,20 +14,24 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import ray
 
-from embeddings.text import normalise_query, product_text
+from embeddings.text import TextRecipe, normalise_query, product_text
 from embeddings.vectors import FILE_ROWS, QUERIES, VectorStore, VectorType, has_rows, texts_print, write_vectors
 from lake.progress import write_progress
 from ray_apps.cluster import check_resources, quiet_data
 
+if TYPE_CHECKING:
+    from embeddings.parity import ParityReport
+
 log = logging.getLogger(__name__)
 
 FIELDS = ("title", "brand", "category", "description")
+_CALIBRATING_TEXTS, _COMPARED_PRODUCTS = 300, 2_000
 _LEAST_ROWS = 1_000
 """Texts for which another worker is worth its start."""
 
@@ -41,6 +45,7 @@ class Part:
         side: which of its heads.
         path: the file.
         kind: of number that it holds.
+        quantised: folder of the int8 encoder that computes it, made where it is missing; empty: the encoder itself.
         hashes: of the texts, kept beside the vectors; a query's is its text.
         fields: title, brand, category, description; a query is a title.
     """
@@ -51,6 +56,7 @@ class Part:
     kind: VectorType
     hashes: pa.Array
     fields: pa.Table
+    quantised: str = ""
 
     @property
     def is_complete(self) -> bool:
@@ -58,7 +64,9 @@ class Part:
         return has_rows(self.path, len(self.hashes))
 
 
-def plan_products(model: str, catalog: pa.Table, store: VectorStore, kind: VectorType, num_workers: int) -> list[Part]:
+def plan_products(
+    model: str, catalog: pa.Table, store: VectorStore, kind: VectorType, num_workers: int, *, in_int8: bool = False
+) -> list[Part]:
     """Parts for the products whose texts the store lacks, each text once.
 
     Args:
@@ -67,7 +75,9 @@ def plan_products(model: str, catalog: pa.Table, store: VectorStore, kind: Vecto
         store: the encoder's vectors of that data set.
         kind: of number that is stored.
         num_workers: there are as many parts at least, where there are texts enough for them.
+        in_int8: they are computed in int8, on processors.
     """
+    quantised = str(store.folder / "int8") if in_int8 else ""
     missing = store.missing(catalog["product_hash"])
     first = {text: row for row, text in reversed(list(enumerate(catalog["product_hash"].to_pylist())))}
     count = max(1, -(-len(missing) // FILE_ROWS), min(num_workers, len(missing) // _LEAST_ROWS))
@@ -75,7 +85,7 @@ def plan_products(model: str, catalog: pa.Table, store: VectorStore, kind: Vecto
     for number in range(count if missing else 0):
         own = missing[len(missing) * number // count : len(missing) * (number + 1) // count]
         fields = catalog.select(FIELDS).take([first[text] for text in own])
-        parts.append(Part(model, "document", store.path_of(own), kind, pa.array(own, pa.string()), fields))
+        parts.append(Part(model, "document", store.path_of(own), kind, pa.array(own, pa.string()), fields, quantised))
     return parts
 
 
@@ -123,7 +133,10 @@ def embed(
         for number, part in enumerate(missing)
     ]
     total, encoded, started = sum(len(part.hashes) for part in missing), 0, time.monotonic()
-    given = [_Job(part.model, part.side, part.path, part.kind, len(part.hashes)) for part in missing]
+    given = [
+        _Job(part.model, part.side, part.path, part.kind, _int8_file(part, missing), len(part.hashes))
+        for part in missing
+    ]
     if total <= own_texts and not use_gpu:
         done = _encode_here(blocks, _PartEncoder(given, threads_per_worker, use_gpu, batch_tokens))
     else:
@@ -148,6 +161,58 @@ def embed(
     return encoded
 
 
+def _texts(fields: pa.Table, side: Literal["query", "document"], recipe: TextRecipe) -> list[str]:
+    """What the encoder reads of rows of `FIELDS`."""
+    columns = [fields[name].to_pylist() for name in FIELDS]
+    if side == "query":
+        return list(columns[0])
+    return [
+        product_text(title, brand, category, description, recipe)
+        for title, brand, category, description in zip(*columns, strict=True)
+    ]
+
+
+def _int8_file(part: Part, missing: Sequence[Part]) -> str:
+    """The graph that computes a part in int8; the store's, which its first products calibrate; empty for none."""
+    if not part.quantised:
+        return ""
+    found = sorted(Path(part.quantised).glob("*/*.xml"))
+    if not found:
+        from embeddings.encoder import load_encoder
+        from embeddings.quantised import build_quantised
+
+        model, recipe = load_encoder(part.model)
+        fields = pa.concat_tables(other.fields for other in missing if other.quantised == part.quantised)
+        sample = fields.take(np.unique(np.linspace(0, len(fields) - 1, _CALIBRATING_TEXTS).astype(np.int64)))
+        texts = _texts(sample, part.side, recipe)
+        found = [build_quantised(model, part.model, part.side, cache=part.quantised, calibration=texts)]
+    return str(found[0])
+
+
+def parity(model_folder: str, store: VectorStore, catalog: pa.Table, *, batch_tokens: int) -> ParityReport:
+    """How near stored vectors are to those of the encoder in float32, on a sample of the catalogue.
+
+    Titles stand for queries, which are the encoder's own on both sides.
+
+    Args:
+        model_folder: of the encoder.
+        store: its vectors, of all products.
+        catalog: the products.
+        batch_tokens: padded tokens of a forward pass.
+    """
+    from embeddings.encoder import encode, load_encoder
+    from embeddings.parity import compare_vectors
+
+    model, recipe = load_encoder(model_folder)
+    rows = np.unique(np.linspace(0, len(catalog) - 1, _COMPARED_PRODUCTS).astype(np.int64))
+    sample = catalog.take(rows)
+    exact_PD = encode(model, _texts(sample, "document", recipe), "document", batch_tokens=batch_tokens)
+    titles = [normalise_query(title) for title in sample["title"].to_pylist()[:: _COMPARED_PRODUCTS // 100]]
+    query_QD = encode(model, titles, "query", batch_tokens=batch_tokens)
+    stored_PD = store.vectors(sample["product_hash"]).take(np.arange(len(sample)))
+    return compare_vectors(query_QD, exact_PD, query_QD, stored_PD)
+
+
 def _encode_here(blocks: Sequence[pa.Table], encoder: _PartEncoder) -> Iterator[int]:
     """Rows of each block, encoded in this process, whose number of threads stays."""
     import torch
@@ -167,6 +232,7 @@ class _Job(NamedTuple):
     side: Literal["query", "document"]
     path: str
     kind: VectorType
+    int8_file: str
     num_rows: int
 
 
@@ -189,15 +255,13 @@ class _PartEncoder:
         if block.num_rows != part.num_rows:
             raise ValueError(f"{part.path}: expected {part.num_rows} texts in one block, got {block.num_rows}")
         model, recipe = self._load(part.model)
-        columns = [block[name].to_pylist() for name in FIELDS]
-        if part.side == "query":
-            texts = columns[0]
+        texts = _texts(block, part.side, recipe)
+        if part.int8_file:
+            from embeddings.quantised import QuantisedEncoder
+
+            vector_PD = QuantisedEncoder(model, part.side, part.int8_file).encode(texts, batch_tokens=self._tokens)
         else:
-            texts = [
-                product_text(title, brand, category, description, recipe)
-                for title, brand, category, description in zip(*columns, strict=True)
-            ]
-        vector_PD = encode(model, texts, part.side, batch_tokens=self._tokens, bf16=has_fast_bf16(self._device))
+            vector_PD = encode(model, texts, part.side, batch_tokens=self._tokens, bf16=has_fast_bf16(self._device))
         write_vectors(part.path, vector_PD, block["hash"].to_pylist(), kind=part.kind)
         return pa.table({"num_rows": [part.num_rows]})
 

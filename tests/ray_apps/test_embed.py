@@ -74,3 +74,25 @@ def test_encodes_with_the_models_own_texts_and_never_twice(tmp_path, own_texts, 
     )
     assert run(changed)[1] == 2
     assert np.array_equal(store.vectors(changed["product_hash"]).take(np.arange(5)), vectors.take(np.arange(5)))
+
+
+def test_products_may_be_computed_in_int8_by_one_graph_for_all_nights(tmp_path):
+    pytest.importorskip("openvino", reason="the extra int8 is not installed")
+    pytest.importorskip("nncf", reason="the extra int8 is not installed")
+    model = build_encoder(EncoderRecipe(model=str(tiny_bert_folder(tmp_path / "bert"))))
+    folder, recipe = str(tmp_path / "model"), TextRecipe(clauses=("{title}",))
+    save_encoder(model, folder, {"text": recipe, "stage": 1, "fingerprint": "x"})
+    store = VectorStore(tmp_path / "vectors")
+    where = {"num_workers": 1, "threads_per_worker": 1, "use_gpu": False, "batch_tokens": 1024, "own_texts": 100}
+    for products in (CATALOG.slice(0, 5), CATALOG):
+        parts = plan_products(folder, products, store, "float16", 1, in_int8=True)
+        embed(parts, **where, run_folder=str(tmp_path / "run"))
+    assert len(list(store.folder.glob("int8/*/*.xml"))) == 1
+    vectors = store.vectors(CATALOG["product_hash"]).take(np.arange(7))
+    exact = encode(load_encoder(folder)[0], NAMES, "document")
+    cosines = (vectors * exact).sum(axis=1)
+    assert cosines.min() > 0.9
+    assert np.abs(vectors - exact).max() > 1e-4  # not the encoder's own
+    report = app.parity(folder, store, CATALOG, batch_tokens=1024)
+    assert (report.num_queries, report.num_products) == (1, 7)
+    assert report.min_cosine == pytest.approx(min(1.0, cosines.min()), abs=2e-3)
