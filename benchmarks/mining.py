@@ -11,9 +11,9 @@
 All find 100 products for each query on the same vectors of MiniLM-L6: titles below ASSAY_DATA/titles, and beyond their
 number vectors derived from them by noise. Queries are first words of titles. Each contestant of a round is a process of
 its own, one after the other; its start, and the time that the miner's encoder calls take, are left out. Memory is the
-most anonymous memory of any one of its processes, mapped files apart. --quick encodes 30,000 titles, derives the
-rest.
-The last line is JSON; above 1 is ours better; `recall` is of ours against the exact neighbours as FAISS finds them.
+most anonymous memory of any one of its processes, mapped files apart. --quick encodes 30,000 titles, derives the rest
+and asks 4,000 queries. The last line is JSON; above 1 is ours better; `recall` is of ours against the neighbours that
+FAISS finds in float32.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ from embeddings.vectors import CatalogVectors, VectorStore, write_vectors
 
 K: Final = 100
 CONTESTANTS: Final = ("ours", "ours_process", "bare_faiss", "st_faiss", "st_torch")
-QUICK: Final = ("ours", "ours_process", "bare_faiss", "st_faiss")
-QUICK_TITLES: Final = 30_000
+QUICK_TITLES, QUICK_QUERIES, QUERIES = 30_000, 4_000, 10_000
 NOISE: Final = 0.5
 """Length of the noise of a derived vector, whose cosine with its origin is about .9."""
 _FILE_ROWS: Final = 20_000
@@ -92,7 +91,7 @@ def prepare(folder: Path, products: int, queries: int, titles: int) -> None:
     from embeddings.recipes import EncoderRecipe
 
     place = folder / f"products-{products}"
-    if (place / "queries.npy").is_file():
+    if (folder / f"queries-{products}.npy").is_file():
         return
     torch.set_num_threads(2)
     model, fast = build_encoder(EncoderRecipe()), has_fast_bf16()
@@ -112,21 +111,21 @@ def prepare(folder: Path, products: int, queries: int, titles: int) -> None:
     for start in range(0, products, _FILE_ROWS):
         row_N = np.arange(start, min(start + _FILE_ROWS, products))
         vector_ND = known.take(row_N % len(known))
-        if start >= len(known):
-            noise = generator.normal(size=vector_ND.shape).astype(np.float32)
-            vector_ND += NOISE * noise / np.linalg.norm(noise, axis=1, keepdims=True)
-            vector_ND /= np.linalg.norm(vector_ND, axis=1, keepdims=True)
+        noise = generator.normal(size=vector_ND.shape).astype(np.float32)
+        noise *= NOISE * (row_N >= len(known))[:, None] / np.linalg.norm(noise, axis=1, keepdims=True)
+        vector_ND += noise
+        vector_ND /= np.linalg.norm(vector_ND, axis=1, keepdims=True)
         hashes = [f"p{row}" for row in row_N]
         write_vectors(store.path_of(hashes), vector_ND, hashes, kind="float16")
     words = [" ".join(names[at].split()[:3]) for at in generator.integers(len(names), size=queries)]
-    np.save(place / "queries.npy", encode(model, words, "query", batch_tokens=8192, bf16=fast))
+    np.save(folder / f"queries-{products}.npy", encode(model, words, "query", batch_tokens=8192, bf16=fast))
 
 
 def catalog(folder: Path, products: int) -> tuple[CatalogVectors, NDArray[np.float32]]:
     """The vectors of products, and of queries."""
     place = folder / f"products-{products}"
     vectors = VectorStore(place).vectors(pa.array([f"p{row}" for row in range(products)], pa.string()))
-    return vectors, np.load(place / "queries.npy")
+    return vectors, np.load(folder / f"queries-{products}.npy")
 
 
 def ours(folder: Path, products: int, found: dict[str, Any]) -> NDArray[np.int64]:
@@ -228,7 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--products", type=int, default=400_000)
-    parser.add_argument("--queries", type=int, default=10_000)
+    parser.add_argument("--queries", type=int)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--contestants", default="")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
@@ -239,15 +238,14 @@ def main() -> None:
         return
     if not os.environ.get("ASSAY_DATA"):
         sys.exit("benchmarks.mining: set ASSAY_DATA to the folder that holds titles/")
-    names = given.contestants.split(",") if given.contestants else QUICK if given.quick else CONTESTANTS
+    names = given.contestants.split(",") if given.contestants else CONTESTANTS
+    queries = given.queries or (QUICK_QUERIES if given.quick else QUERIES)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(given.folder or place)
         folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        prepare(folder, given.products, given.queries, QUICK_TITLES if given.quick else given.products)
-        print(
-            f"vectors of {given.products:,} products and {given.queries:,} queries: {time.monotonic() - started:.0f} s"
-        )
+        prepare(folder, given.products, queries, QUICK_TITLES if given.quick else given.products)
+        print(f"vectors of {given.products:,} products and {queries:,} queries: {time.monotonic() - started:.0f} s")
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for number in range(given.rounds or (1 if given.quick else 3)):
             for name in names if number % 2 == 0 else reversed(names):
@@ -256,7 +254,7 @@ def main() -> None:
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 one = json.loads(done.stdout.splitlines()[-1])
                 runs[name].append(one)
-                rate = given.queries / one["seconds"]
+                rate = queries / one["seconds"]
                 print(
                     f"{name:<14} {one['seconds']:8.2f} s {rate:9.1f} queries/s {one['anonymous_mb']:8.0f} MB",
                     flush=True,
@@ -280,7 +278,7 @@ def main() -> None:
         json.dumps(
             {
                 "products": given.products,
-                "queries": given.queries,
+                "queries": queries,
                 "seconds": seconds,
                 "anonymous_mb": memory,
                 "recall": recall,
