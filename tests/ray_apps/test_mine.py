@@ -71,8 +71,10 @@ def test_small_catalogues_and_no_queries_give_what_they_have(tmp_path):
     assert nothing.row_QK.shape == (0, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster", "small_pieces")
 def test_a_run_that_goes_on_searches_only_blocks_that_are_missing(tmp_path, monkeypatch):
+    """Three searches, each with actors of its own: half a minute."""
     vectors = unit_vectors(120)
     search, folder = Search(stored(tmp_path / "v", vectors, 2), vectors[:30]), str(tmp_path / "run")
     (whole,) = mine([search], 10, **POOL, run_folder=folder)
@@ -131,8 +133,10 @@ def test_actors_that_always_die_end_the_search_in_a_sentence(tmp_path, monkeypat
         mine([Search(stored(tmp_path, vectors, 2), vectors)], 10, **POOL)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster", "small_pieces")
 def test_a_late_piece_is_given_to_an_idle_actor_as_well(tmp_path, monkeypatch):
+    """An actor that stands still: half a minute."""
     vectors = unit_vectors(120)
     search = Search(stored(tmp_path, vectors, 2), vectors[:7])
     (expected,) = mine([search], 10, **POOL, own_scores=1e9)

@@ -131,7 +131,9 @@ def test_weights_spread_over_two_workers_are_published_whole_and_without_adapter
     assert farthest(left, before, compared) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_last_step_is_published_where_validation_may_not_choose(ray_cluster, tmp_path):
+    """Two trainings: half a minute."""
     bert = tiny_bert_folder(tmp_path / "bert", dropout=0.0)
     # such a rate breaks the model, so that an earlier step is the best by validation
     recipe = dataclasses.replace(RECIPE, learning_rate=1.0, warmup_share=0.0)
