@@ -81,7 +81,9 @@ def test_a_cached_file_is_used_again_until_weights_or_texts_change(folder, cache
     assert all(entry.name.endswith("-document") or entry.name.endswith("-query") for entry in cache.iterdir())
 
 
+@pytest.mark.slow
 def test_int8_of_the_shipped_model_ranks_real_titles_as_float32_does(cache, tmp_path):
+    """Calibrates the shipped model: a minute."""
     if resolve_model(SHIPPED_MODEL) == SHIPPED_MODEL:
         pytest.skip(f"the package that ships {SHIPPED_MODEL} is not installed")
     if "ASSAY_DATA" not in os.environ:
