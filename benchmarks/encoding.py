@@ -36,10 +36,10 @@ from statistics import median
 from typing import Any, Final
 
 import numpy as np
-import pyarrow.csv as pc
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks.home_depot import judged_titles
 from embeddings.backbone import resolve_model
 from embeddings.recipes import EncoderRecipe
 
@@ -165,11 +165,7 @@ def measure(contestant: str, work: Work) -> dict[str, float]:
 
 def home_depot_queries(root: Path, num_queries: int) -> tuple[list[str], list[str], list[dict[int, int]], list[str]]:
     """Judged queries, all of their titles, grades by title's row, and other queries to calibrate with."""
-    options = pc.ReadOptions(encoding="latin-1")
-    rows = pc.read_csv(root / "train.csv", read_options=options).select(["search_term", "product_title", "relevance"])
-    judged: dict[str, dict[str, int]] = {}
-    for query, title, mean in zip(*(column.to_pylist() for column in rows.columns), strict=True):
-        judged.setdefault(query, {})[title] = 0 if mean <= 1.5 else 1 if mean < 2.5 else 2
+    judged = judged_titles(root)
     names = sorted(judged)
     np.random.default_rng(0).shuffle(names)
     queries, others = names[:num_queries], names[num_queries:]

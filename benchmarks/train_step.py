@@ -36,9 +36,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import pyarrow.csv as pc
 import torch
 
+from benchmarks.home_depot import judged_titles
 from embeddings.batches import BatchRecipe, Instance, collate
 from embeddings.recipes import EncoderRecipe, LossRecipe, LossTerm, TrainRecipe
 
@@ -98,11 +98,7 @@ def clock(device: str) -> float:
 
 def home_depot_instances(root: Path) -> list[Instance]:
     """Queries with at least eight judged products, of which the first eight count, in the order of the file."""
-    options = pc.ReadOptions(encoding="latin-1")
-    rows = pc.read_csv(root / "train.csv", read_options=options).select(["search_term", "product_title", "relevance"])
-    judged: dict[str, dict[str, int]] = {}
-    for query, title, mean in zip(*(column.to_pylist() for column in rows.columns), strict=True):
-        judged.setdefault(query, {})[title] = 0 if mean <= 1.5 else 1 if mean < 2.5 else 2
+    judged = judged_titles(root)
     found = []
     for query, graded in judged.items():
         titles = list(graded)[:NUM_PRODUCTS]

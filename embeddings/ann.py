@@ -10,8 +10,6 @@ Q queries, P products of a part, K found products, C candidates, D width of a ve
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 from embeddings.index_recipe import TRAINED, IndexRecipe
 from embeddings.topk import best, check_vectors, merge_topk
 from embeddings.vectors import CatalogVectors
+from lake.storage import atomic_file
 
 _ADDED_ROWS: Final = 65_536
 _LEAST_PER_LIST: Final = 39
@@ -88,14 +87,11 @@ class IndexPart:
         width = min(len(self._row_P), k + self._recipe.spare)
         _, place_QC = self._index.search(np.ascontiguousarray(query_QD), width)
         query_N, column_N = np.nonzero(place_QC >= 0)
-        place_N = place_QC[query_N, column_N]
-        order = np.argsort(place_N, kind="stable")
+        row_N = self._row_P[place_QC[query_N, column_N]]
         score_QC = np.full(place_QC.shape, -np.inf, dtype=np.float32)
         row_QC = np.full(place_QC.shape, np.iinfo(np.int64).max, dtype=np.int64)
-        row_QC[query_N, column_N] = self._row_P[place_N]
-        score_N = np.empty(len(place_N), dtype=np.float32)
-        score_N[order] = self._vectors.pair_scores(query_QD, query_N[order], self._row_P[place_N[order]])
-        score_QC[query_N, column_N] = score_N
+        row_QC[query_N, column_N] = row_N
+        score_QC[query_N, column_N] = self._vectors.pair_scores(query_QD, query_N, row_N)
         return best(score_QC, row_QC, k)
 
     def _build(self, trained: Path, path: Path) -> None:
@@ -122,9 +118,5 @@ def nearest_rows(
 
 
 def _write(index: Any, path: str | Path) -> None:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as place:
-        fresh = Path(place, target.name)
+    with atomic_file(path) as fresh:
         faiss.write_index(index, str(fresh))
-        os.replace(fresh, target)

@@ -113,14 +113,8 @@ class ExactSearch:
     def _settle(self, block: _Block, depth: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Scores a block's candidates exactly and takes the first."""
         query_C, place_C = block.candidates()
-        row_C = self._row_P[place_C]
-        # as they lie on disk, in portions whose vectors fit into memory
-        order = np.argsort(place_C, kind="stable")
-        score_C = np.empty(len(row_C), dtype=np.float32)
-        query_BD = block.query_BD.cpu().numpy()
-        for start in range(0, len(order), _TILE_ROWS):
-            part = order[start : start + _TILE_ROWS]
-            score_C[part] = self._vectors.pair_scores(query_BD, query_C[part], row_C[part])
+        row_C, query_BD = self._row_P[place_C], block.query_BD.cpu().numpy()
+        score_C = self._vectors.pair_scores(query_BD, query_C, row_C)
         # candidates come query by query; ragged rows are filled up with what no product can beat to the last place
         counts = np.bincount(query_C, minlength=len(query_BD))
         width = int(counts.max())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -60,6 +61,17 @@ def split_by_length(
             },
         )
         start = stop
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Computes with so many of torch's threads; those of before come back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_in_lanes(items: Iterator[Item], work: Callable[[Iterator[Item]], None], num_lanes: int) -> None:

@@ -93,6 +93,12 @@ def assign_bands(rank: ArrayLike, depth: int) -> NDArray[np.str_]:
     return np.where(2 * ranks <= depth, TOP, TAIL)
 
 
+def at_share(lowest_positive: ArrayLike, share: float) -> NDArray[np.float64]:
+    """The cosine at a share of a query's lowest positive, as a margin below it, so that it keeps its sense below 0."""
+    lowest = np.asarray(lowest_positive, dtype=np.float64)
+    return lowest - (1 - share) * np.abs(lowest)
+
+
 def open_places(
     score_QK: NDArray[np.floating], lowest_positive_Q: NDArray[np.floating], recipe: MiningRecipe
 ) -> NDArray[np.bool_]:
@@ -113,8 +119,7 @@ def open_places(
     lowest_Q1 = np.asarray(lowest_positive_Q, dtype=np.float64)[:, None]
     bounds = []
     if recipe.ceiling is not None:
-        # as a margin, so that it keeps its sense below 0
-        bounds.append(lowest_Q1 - (1 - recipe.ceiling) * np.abs(lowest_Q1))
+        bounds.append(at_share(lowest_Q1, recipe.ceiling))
     if recipe.margin is not None:
         bounds.append(lowest_Q1 - recipe.margin)
     for bound_Q1 in bounds:

@@ -165,10 +165,14 @@ class CatalogVectors:
     def pair_scores(
         self, query_QD: NDArray[np.float32], query_N: NDArray[np.int64], row_N: NDArray[np.int64]
     ) -> NDArray[np.float32]:
-        """Inner products of N pairs of a query and a row of the catalogue, as the search computes them."""
+        """Inner products of N pairs of a query and a row of the catalogue, as the search computes them.
+
+        Whatever the order of the pairs, files are read from front to back.
+        """
         score_N = np.empty(len(row_N), dtype=np.float32)
+        order_N = np.lexsort((self.place_P[row_N], self.file_P[row_N]))
         for start in range(0, len(row_N), _BLOCK_PAIRS):
-            block = slice(start, start + _BLOCK_PAIRS)
+            block = order_N[start : start + _BLOCK_PAIRS]
             score_N[block] = inner_products(query_QD[query_N[block]], self.take(row_N[block]))
         return score_N
 

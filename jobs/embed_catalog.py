@@ -8,10 +8,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from conf.load import ConfigError, meaning, settings
 from embeddings.vectors import CatalogVectors, VectorStore, VectorType, texts_print
@@ -133,6 +134,18 @@ def read_catalogs(lake: Lake, version: int, datasets: Sequence[str] = ()) -> lis
     return catalogs
 
 
+class Embedded(NamedTuple):
+    """What an encoder made of one data set.
+
+    Attributes:
+        vectors: of the catalogue's products.
+        query_QD: of the queries asked for, in their order; none of them where no query was.
+    """
+
+    vectors: CatalogVectors
+    query_QD: NDArray[np.float32]
+
+
 def embed(
     current: Run,
     catalogs: Sequence[Catalog],
@@ -140,7 +153,7 @@ def embed(
     queries: Mapping[str, Sequence[str]],
     recipe: EmbedRecipe,
     placement: EmbedPlacement,
-) -> dict[tuple[str, str], str]:
+) -> dict[tuple[str, str], Embedded]:
     """Encodes what has no vectors yet, with every model, and lists the files of vectors in embedding_manifest.
 
     Args:
@@ -152,7 +165,7 @@ def embed(
         placement: where it runs.
 
     Returns:
-        File of the query vectors by (model, data set), for data sets that have queries.
+        The vectors by (model, data set).
     """
     from ray_apps import embed as app
 
@@ -182,10 +195,15 @@ def embed(
         own_texts=placement.own_texts,
         run_folder=current.lake.path("runs", current.fingerprint),
     )
+    found = {}
     for model in models:
         for catalog in catalogs:
-            _write_manifest(current, model, catalog, recipe)
-    return query_files
+            vectors = catalog.vectors(current.lake, model, recipe)
+            _write_manifest(current, model, catalog, vectors, recipe)
+            path = query_files.get((model, catalog.dataset))
+            query_QD = np.load(path, allow_pickle=False) if path else np.empty((0, vectors.width), np.float32)
+            found[model, catalog.dataset] = Embedded(vectors, query_QD)
+    return found
 
 
 def search(searches: Sequence[Search], k: int, placement: SearchPlacement, run_folder: str = "") -> list[Neighbours]:
@@ -204,8 +222,7 @@ def search(searches: Sequence[Search], k: int, placement: SearchPlacement, run_f
     )
 
 
-def _write_manifest(current: Run, model: str, catalog: Catalog, recipe: EmbedRecipe) -> None:
-    vectors = catalog.vectors(current.lake, model, recipe)
+def _write_manifest(current: Run, model: str, catalog: Catalog, vectors: CatalogVectors, recipe: EmbedRecipe) -> None:
     names = ["path", "sha256"]
     where = [("model", "=", model), ("dataset", "=", catalog.dataset)]
     # files never change: one that was hashed once is not read for it again

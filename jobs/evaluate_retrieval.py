@@ -156,19 +156,14 @@ def measure_encoders(
     prints = {name: job.content_hash(folder) for name, folder in folders.items()}
     texts = {own.catalog.dataset: own.texts for own in judged}
     models = {prints[name]: folder for name, folder in folders.items()}
-    files = embed(current, [own.catalog for own in judged], models, texts, embedding, placement.embed)
-    work = [
-        (name, own, own.catalog.vectors(current.lake, prints[name], embedding), np.load(files[prints[name], dataset]))
-        for name in folders
-        for own in judged
-        for dataset in (own.catalog.dataset,)
-    ]
+    embedded = embed(current, [own.catalog for own in judged], models, texts, embedding, placement.embed)
+    work = [(name, own, embedded[prints[name], own.catalog.dataset]) for name in folders for own in judged]
     rankings = search(
-        [app.Search(vectors, query_QD[: len(own.measured)]) for _, own, vectors, query_QD in work], DEPTH, placement
+        [app.Search(vectors, query_QD[: len(own.measured)]) for _, own, (vectors, query_QD) in work], DEPTH, placement
     )
     return {
-        (name, own.catalog.dataset): _measure_one(own, vectors, query_QD, ranking.row_QK)
-        for (name, own, vectors, query_QD), ranking in zip(work, rankings, strict=True)
+        (name, own.catalog.dataset): _measure_one(own, *pair, ranking.row_QK)
+        for (name, own, pair), ranking in zip(work, rankings, strict=True)
     }
 
 

@@ -25,7 +25,7 @@ from embeddings.text import TextRecipe, product_text
 from jobs import cost, job, labelling, models
 from jobs.catalog_report import catalog_page
 from jobs.cost import CostPlan
-from jobs.embed_catalog import Catalog, EmbedPlacement, EmbedRecipe, embed, read_catalogs
+from jobs.embed_catalog import Catalog, Embedded, EmbedPlacement, EmbedRecipe, embed, read_catalogs
 from jobs.grading import GradingRecipe, addressed, grade_with_stronger, waiting_pairs
 from lake import tables
 from lake.ledger import graded_by_people
@@ -184,7 +184,7 @@ def find_candidates(current: Run, config: Config) -> tuple[pa.Table, dict[str, i
     model = current.inputs["model"]
     folder = job.find_path(current.lake, config.inputs.model) or config.inputs.model
     texts = {name: own["text"].to_pylist() for name, own in of_dataset.items()}
-    files = embed(current, catalogs, {model: folder}, texts, config.recipe.embedding, config.placement.embed)
+    embedded = embed(current, catalogs, {model: folder}, texts, config.recipe.embedding, config.placement.embed)
     origin = fingerprint(config.recipe.candidates, model)
     kept = _kept(current, origin)
     found, counts = [], {"products": 0, "new_products": 0, "queries": 0, "new_queries": 0}
@@ -193,9 +193,8 @@ def find_candidates(current: Run, config: Config) -> tuple[pa.Table, dict[str, i
             current,
             catalog,
             of_dataset[catalog.dataset],
-            np.load(files[model, catalog.dataset], allow_pickle=False),
-            model,
-            config.recipe,
+            embedded[model, catalog.dataset],
+            config.recipe.candidates,
         )
         found.append(own.rows(kept.filter(pc.equal(kept["dataset"], catalog.dataset)), origin))
         for name, value in own.counts.items():
@@ -220,8 +219,7 @@ class _DatasetCandidates:
         current: the run.
         catalog: its products, in id order.
         queries: its queries, in id order.
-        query_QD: their vectors.
-        model: fingerprint of the encoder.
+        embedded: vectors of both.
         recipe: what is tried.
     """
 
@@ -230,13 +228,11 @@ class _DatasetCandidates:
         current: Run,
         catalog: Catalog,
         queries: pa.Table,
-        query_QD: NDArray[np.float32],
-        model: str,
-        recipe: CatalogRecipe,
+        embedded: Embedded,
+        recipe: CandidateRecipe,
     ) -> None:
-        self.current, self.catalog, self.queries, self.query_QD = current, catalog, queries, query_QD
-        self.recipe = recipe.candidates
-        self.vectors = catalog.vectors(current.lake, model, recipe.embedding)
+        self.current, self.catalog, self.queries, self.recipe = current, catalog, queries, recipe
+        self.vectors, self.query_QD = embedded
         fields = [catalog.products[name].to_pylist() for name in ("title", "brand", "category", "description")]
         what = TextRecipe()
         texts = [
@@ -341,12 +337,9 @@ class _DatasetCandidates:
 
     def _rows_of(self, pairs: pa.Table) -> tuple[Pairs, NDArray[np.bool_]]:
         """Rows of the queries and products of those pairs that exist, and which do."""
-        found = [
-            pc.index_in(pairs[name], value_set=side[name].combine_chunks()).to_numpy(zero_copy_only=False)
-            for name, side in (("query_id", self.queries), ("product_id", self.catalog.products))
-        ]
         query_N, product_N = (
-            np.nan_to_num(np.asarray(rows, dtype=np.float64), nan=-1).astype(np.int64) for rows in found
+            labelling.places_of(pairs[name], side[name].combine_chunks())
+            for name, side in (("query_id", self.queries), ("product_id", self.catalog.products))
         )
         is_valid = (query_N >= 0) & (product_N >= 0)
         return (query_N[is_valid], product_N[is_valid]), is_valid

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from conf.load import ConfigError
@@ -121,6 +122,12 @@ def train_instances(current: Run, stage: int) -> list[dict[str, Any]]:
             len(ordered) - len(kept),
         )
     return kept
+
+
+def places_of(values: pa.Array | pa.ChunkedArray, among: pa.Array) -> NDArray[np.int64]:
+    """Places of the values among others; -1 where they are not."""
+    found = pc.fill_null(pc.index_in(values, value_set=among), -1)
+    return np.asarray(found, dtype=np.int64)
 
 
 def graded_in_order(pairs: pa.Table, folder: str, placement: LabelPlacement) -> NDArray[np.float64]:

@@ -197,7 +197,8 @@ def _step_config(config: Config, step: Step) -> Any:
     shared = {"tune_labeller": training, "train_encoder": {"train": training}}.get(step.job, {})
     own = config.steps.get(step.name, {})
     _check_own(step, own)
-    if step.name == "train_stage2" and config.stage2_begins == "pretrained":
+    is_mixed = any(name == "mixed_with" for name, _ in step.takes)
+    if is_mixed:
         # the two that are mixed must be built alike
         first = config.steps.get("train_stage1", {}).get("recipe", {})
         own = _merge({"recipe": {name: first[name] for name in ("encoder", "text") if name in first}}, own)
@@ -205,7 +206,7 @@ def _step_config(config: Config, step: Step) -> Any:
     values = _merge(read_yaml(step.job, "dev"), _merge(given, step.fixed))
     values |= {"lake": config.lake, "setting": config.setting}
     found = load(module.Config, values, source=f"loop {config.setting}: steps.{step.name}")
-    if any(name == "mixed_with" for name, _ in step.takes) and not found.recipe.train.mixed_share:
+    if is_mixed and not found.recipe.train.mixed_share:
         raise ConfigError(
             "stage2_begins=pretrained: nothing of stage 1 would be in what is published; give "
             f"steps.{step.name}.recipe.train.mixed_share"

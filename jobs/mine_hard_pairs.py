@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from conf.load import meaning, settings
 from embeddings.index_recipe import IndexRecipe
-from embeddings.mining import TAIL, TOP, MiningRecipe, open_places, select_candidates, without_copies
+from embeddings.mining import TAIL, TOP, MiningRecipe, assign_bands, open_places, select_candidates, without_copies
 from embeddings.vectors import CatalogVectors
 from jobs import job, labelling
 from jobs.embed_catalog import Catalog, EmbedRecipe, SearchPlacement, embed, encoder_folder, read_catalogs, search
@@ -83,12 +83,11 @@ def run(config: Config) -> RunRecord:
     model, recipe = current.inputs["model"], config.recipe
     instances, catalogs = _work(current)
     texts = {dataset: [row["query"] for row in rows] for dataset, rows in instances.items()}
-    files = embed(current, catalogs, {model: folder}, texts, recipe.embedding, config.placement.embed)
+    embedded = embed(current, catalogs, {model: folder}, texts, recipe.embedding, config.placement.embed)
     searches = [
         app.Search(
-            vectors := catalog.vectors(current.lake, model, recipe.embedding),
-            np.load(files[model, catalog.dataset], allow_pickle=False),
-            _searched(catalog, vectors, instances[catalog.dataset], recipe.scope),
+            *embedded[model, catalog.dataset],
+            _searched(catalog, embedded[model, catalog.dataset].vectors, instances[catalog.dataset], recipe.scope),
             recipe.index,
             str(catalog.store(current.lake, model, recipe.embedding).folder / "indexes"),
         )
@@ -163,7 +162,9 @@ class _Mined:
         self._queries = pa.array([row["query_id"] for row in instances], pa.string())
         place_N = np.repeat(np.arange(len(instances)), [len(row["product_ids"]) for row in instances])
         grade_N = np.array([grade for row in instances for grade in row["grades"]], dtype=np.int64)
-        row_N = _index(pa.array([product for row in instances for product in row["product_ids"]]), self._ids)
+        row_N = labelling.places_of(
+            pa.array([product for row in instances for product in row["product_ids"]]), self._ids
+        )
         is_known = row_N >= 0
         place_N, grade_N, self._judged_N = place_N[is_known], grade_N[is_known], row_N[is_known]
         self._bounds = np.searchsorted(place_N, np.arange(len(instances) + 1))
@@ -175,7 +176,7 @@ class _Mined:
         np.minimum.at(self._lowest_Q, positives[0], searched.vectors.pair_scores(searched.query_QD, *positives))
         self._lowest_Q[np.isinf(self._lowest_Q)] = np.nan
         own = earlier.filter(pc.equal(earlier["dataset"], catalog.dataset))
-        mined = _index(own["query_id"], self._queries), _index(own["product_id"], self._ids)
+        mined = labelling.places_of(own["query_id"], self._queries), labelling.places_of(own["product_id"], self._ids)
         is_held = (mined[0] >= 0) & (mined[1] >= 0)
         self._known = np.concatenate(
             [self._keys(place_N, self._judged_N), self._keys(mined[0][is_held], mined[1][is_held])]
@@ -206,7 +207,7 @@ class _Mined:
             "product_id": self._ids.take(pa.array(row_N)),
             "rank": pa.array(rank_N + 1, pa.int32()),
             "score": pa.array(score_QK[at_N, rank_N].astype(np.float64)),
-            "band": pa.array(np.where(2 * (rank_N + 1) <= self.recipe.depth, TOP, TAIL).tolist(), pa.string()),
+            "band": pa.array(assign_bands(rank_N + 1, self.recipe.depth).tolist(), pa.string()),
             "shard": pa.array(self.searched.vectors.file_P[row_N], pa.int32()),
             "lowest_positive": pa.array(lowest_Q[at_N], from_pandas=True),
         }
@@ -230,14 +231,6 @@ class _Mined:
     def _keys(self, place: NDArray[np.int64], row: NDArray[np.int64]) -> NDArray[np.int64]:
         """A number per pair of a query's place and a catalogue row."""
         return place * np.int64(len(self._ids)) + row
-
-
-def _index(values: pa.Array | pa.ChunkedArray, among: pa.Array) -> NDArray[np.int64]:
-    """Places of the values among others; -1 where they are not."""
-    found = pc.fill_null(pc.index_in(values, value_set=among), -1)
-    return np.asarray(found.to_numpy(zero_copy_only=False) if isinstance(found, pa.Array) else found.to_numpy()).astype(
-        np.int64
-    )
 
 
 def _categories(catalog: Catalog, levels: int) -> NDArray[np.int64]:

@@ -32,7 +32,7 @@ class MiningPlan:
         actors: that search at once; 0 where the job does it itself.
         scores: inner products.
         scores_per_sec: of all actors together, as measured on a sample.
-        texts_per_sec: of all workers together, as measured on a sample; 0 where nothing is to be encoded.
+        texts_per_sec: of all workers together, as measured on a sample.
         hours: of encoding and searching, one after the other.
     """
 
@@ -114,24 +114,19 @@ def plan_mining(
 
 def _search_rate(width: int, depth: int) -> float:
     """Inner products per second of one thread, over made-up vectors."""
-    import torch
-
     from embeddings.exact import ExactSearch
+    from embeddings.lanes import torch_threads
     from embeddings.vectors import VectorStore, write_vectors
 
     generator = np.random.default_rng(0)
     vector_PD = generator.normal(size=(_TIMED_ROWS, width)).astype(np.float32)
     vector_PD /= np.linalg.norm(vector_PD, axis=1, keepdims=True)
-    hashes, threads = [str(row) for row in range(_TIMED_ROWS)], torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with tempfile.TemporaryDirectory() as place:
-            store = VectorStore(place)
-            write_vectors(store.path_of(hashes), vector_PD, hashes, kind="float16")
-            search = ExactSearch(store.vectors(pa.array(hashes, pa.string())), np.arange(_TIMED_ROWS))
-            search.search(vector_PD[:16], depth)
-            started = time.monotonic()
-            search.search(vector_PD[:_TIMED_QUERIES], depth)
-            return _TIMED_QUERIES * _TIMED_ROWS / (time.monotonic() - started)
-    finally:
-        torch.set_num_threads(threads)
+    hashes = [str(row) for row in range(_TIMED_ROWS)]
+    with torch_threads(1), tempfile.TemporaryDirectory() as place:
+        store = VectorStore(place)
+        write_vectors(store.path_of(hashes), vector_PD, hashes, kind="float16")
+        search = ExactSearch(store.vectors(pa.array(hashes, pa.string())), np.arange(_TIMED_ROWS))
+        search.search(vector_PD[:16], depth)
+        started = time.monotonic()
+        search.search(vector_PD[:_TIMED_QUERIES], depth)
+        return _TIMED_QUERIES * _TIMED_ROWS / (time.monotonic() - started)

@@ -14,6 +14,7 @@ import numpy as np
 from conf.load import ConfigError, describe, meaning, settings, validate
 from embeddings.batches import UNGRADED, Instance
 from embeddings.lexical import CatalogText, sample_catalog
+from embeddings.mining import at_share
 from embeddings.recipes import CARD_FILE, EncoderRecipe, TrainRecipe, read_card
 from embeddings.text import TextRecipe, normalise_query, product_text
 from jobs import job, labelling
@@ -297,8 +298,7 @@ def _with_negatives(
     nearest: dict[tuple[str, str], list[str]] = defaultdict(list)
     for pair in mined:
         product, lowest = products.get((pair["dataset"], pair["product_id"])), pair["lowest_positive"]
-        # as a margin, so that it keeps its sense below 0
-        if product and lowest is not None and pair["score"] <= lowest - (1 - recipe.ceiling) * abs(lowest):
+        if product and lowest is not None and pair["score"] <= at_share(lowest, recipe.ceiling):
             nearest[pair["dataset"], pair["query_id"]].append(product.text)
     found = []
     for instance in instances:

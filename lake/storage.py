@@ -111,11 +111,24 @@ def is_lasting(error: OSError) -> bool:
 
 def replace_text(path: str | Path, text: str) -> None:
     """Writes a text file that readers see whole or as it was before; makes its folder where that is missing."""
+    with atomic_file(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A scratch file of the same ending that takes the place of `path` when the block ends well, and vanishes when not.
+
+    Makes its folder where that is missing.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.{os.getpid()}")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(target)
+    fresh = target.with_name(f".{os.getpid()}.{target.name}")
+    try:
+        yield fresh
+        fresh.replace(target)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 @contextmanager

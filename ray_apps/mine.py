@@ -16,7 +16,6 @@ import itertools
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from embeddings.index_recipe import TRAINED, IndexRecipe
 from embeddings.topk import merge_topk
 from embeddings.vectors import CatalogVectors
 from lake.progress import write_progress
+from lake.storage import atomic_file
 from ray_apps.cluster import check_memory, check_resources
 
 log = logging.getLogger(__name__)
@@ -151,16 +151,11 @@ def _kept_folder(run_folder: str) -> Path:
 
 def _search_here(search: Search, k: int, threads: int) -> Neighbours:
     """The search in this process, whose number of threads stays."""
-    import torch
-
     from embeddings.exact import ExactSearch
+    from embeddings.lanes import torch_threads
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         return Neighbours(*ExactSearch(search.vectors, search.rows()).search(search.query_QD, k))
-    finally:
-        torch.set_num_threads(before)
 
 
 def _print_of(facts: tuple[object, ...], *arrays: NDArray[Any]) -> str:
@@ -274,11 +269,8 @@ class SearchJob:
     def _keep(self, block: int, found: Neighbours) -> None:
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._folder, prefix=".block-") as place:
-            fresh = Path(place, "block.npz")
+        with atomic_file(self._path(block)) as fresh:
             np.savez(fresh, score_QK=found.score_QK, row_QK=found.row_QK)
-            os.replace(fresh, self._path(block))
 
     def _path(self, block: int) -> Path:
         return Path(str(self._folder), f"block-{block:05d}-of-{len(self.blocks):05d}.npz")
