@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from embeddings.backbone import has_fast_bf16
 from embeddings.topk import best, check_vectors
-from embeddings.vectors import CatalogVectors
+from embeddings.vectors import CatalogVectors, row_sums
 
 _TILE_ROWS: Final = 65_536
 """Products read at once: 100 MB of float32 at width 384."""
@@ -38,6 +38,8 @@ _GROUP: Final = 32
 _SPARE: Final = 4
 """A block's candidates have room for so many times k, but at least for _MIN_ROOM."""
 _MIN_ROOM: Final = 1_024
+_PAIRS: Final = (2_048, 65_536)
+"""Pairs scored exactly at once on a processor, 6 MB of float64 at width 384, and on a card."""
 _FLOAT32_UNIT: Final = 2.0**-24
 _LEAST_LENGTH: Final = 1e-10
 """Below it squares leave float32; above it a length in float64 would only take longer."""
@@ -113,16 +115,31 @@ class ExactSearch:
     def _settle(self, block: _Block, depth: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Scores a block's candidates exactly and takes the first."""
         query_C, place_C = block.candidates()
-        row_C, query_BD = self._row_P[place_C], block.query_BD.cpu().numpy()
-        score_C = self._vectors.pair_scores(query_BD, query_C, row_C)
+        row_C = self._row_P[place_C]
+        score_C = self._score(block.query_BD, query_C, place_C)
         # candidates come query by query; ragged rows are filled up with what no product can beat to the last place
-        counts = np.bincount(query_C, minlength=len(query_BD))
+        counts = np.bincount(query_C, minlength=len(block.query_BD))
         width = int(counts.max())
-        score_BC = np.full((len(query_BD), width), -np.inf, dtype=np.float32)
-        row_BC = np.full((len(query_BD), width), np.iinfo(np.int64).max, dtype=np.int64)
+        score_BC = np.full((len(counts), width), -np.inf, dtype=np.float32)
+        row_BC = np.full((len(counts), width), np.iinfo(np.int64).max, dtype=np.int64)
         place = np.arange(len(query_C)) - np.repeat(np.cumsum(counts) - counts, counts)
         score_BC[query_C, place], row_BC[query_C, place] = score_C, row_C
         return best(score_BC, row_BC, depth)
+
+    def _score(
+        self, query_BD: Tensor, query_C: NDArray[np.int64], place_C: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """What `vectors.inner_products` gives for pairs of a query and a place in the search's order."""
+        score_C = np.empty(len(place_C), dtype=np.float32)
+        query_BD, size = query_BD.double(), _PAIRS[self._device.type == "cuda"]
+        # places follow one another as products lie on disk
+        order_C = np.argsort(place_C, kind="stable")
+        for start in range(0, len(order_C), size):
+            chosen = order_C[start : start + size]
+            product_ND = self._read(self._row_P[place_C[chosen]]).double()
+            product_ND.mul_(query_BD[torch.from_numpy(query_C[chosen]).to(self._device)])
+            score_C[chosen] = row_sums(product_ND).float().cpu().numpy()
+        return score_C
 
 
 class _Tile:

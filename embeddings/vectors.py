@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -248,13 +248,17 @@ def inner_products(left_ND: NDArray[np.float32], right_ND: NDArray[np.float32]) 
     Products of float32 are exact in float64; they are summed in halves, an order of plain additions that any device
     repeats to the bit.
     """
-    sum_ND = np.multiply(left_ND, right_ND, dtype=np.float64)
-    width = sum_ND.shape[1]
+    return row_sums(np.multiply(left_ND, right_ND, dtype=np.float64)).astype(np.float32)
+
+
+def row_sums(matrix_ND: Any) -> Any:
+    """Sums of the rows of an array or tensor, in that order; its numbers are lost."""
+    width = matrix_ND.shape[1]
     while width > 1:
         half = 1 << ((width - 1).bit_length() - 1)
-        sum_ND[:, : width - half] += sum_ND[:, half:width]
+        matrix_ND[:, : width - half] += matrix_ND[:, half:width]
         width = half
-    return sum_ND[:, 0].astype(np.float32)
+    return matrix_ND[:, 0]
 
 
 def texts_print(*columns: Sequence[str]) -> str:
