@@ -27,10 +27,8 @@ from embeddings.backbone import has_fast_bf16
 from embeddings.topk import best, check_vectors
 from embeddings.vectors import CatalogVectors, row_sums
 
-_TILE_ROWS: Final = 65_536
-"""Products read at once: 100 MB of float32 at width 384."""
-_SUB_ROWS: Final = 8_192
-"""Products multiplied at once."""
+_TILE_ROWS: Final = 8_192
+"""Products read and multiplied at once: 13 MB of float32 at width 384, which the allocator hands out again as it is."""
 _BLOCK_QUERIES: Final = 1_024
 """Queries multiplied at once: with the former 16 MB of bfloat16 scores, which caches hold."""
 _GROUP: Final = 32
@@ -92,14 +90,11 @@ class ExactSearch:
                 for part in np.split(query_QD, range(_BLOCK_QUERIES, len(query_QD), _BLOCK_QUERIES))
             ]
             # taken once: fresh memory for every product of matrices costs as long as computing it
-            scratch = torch.empty((_BLOCK_QUERIES, _SUB_ROWS + _GROUP), dtype=self._kind, device=self._device)
-            start = 0
+            scratch = torch.empty((_BLOCK_QUERIES, _TILE_ROWS + _GROUP), dtype=self._kind, device=self._device)
             for at in range(0, len(self), _TILE_ROWS):
-                for piece_TD in torch.split(self._read(self._row_P[at : at + _TILE_ROWS]), _SUB_ROWS):
-                    tile = _Tile(piece_TD, start, self._kind)
-                    for block in blocks:
-                        block.look_at(tile, scratch)
-                    start += len(piece_TD)
+                tile = _Tile(self._read(self._row_P[at : at + _TILE_ROWS]), at, self._kind)
+                for block in blocks:
+                    block.look_at(tile, scratch)
             found = [self._settle(block, depth) for block in blocks]
         score_QK, row_QK = (np.concatenate([part[side] for part in found]) for side in (0, 1))
         return score_QK, row_QK
@@ -293,4 +288,4 @@ def exact_search_bytes(width: int, num_queries: int, k: int) -> int:
     """Bytes that a search holds at most beside the mapped files, ties apart: tiles, queries and candidates."""
     tile = _TILE_ROWS * width * 4 * 3
     candidates = num_queries * max(_MIN_ROOM, _SPARE * k) * 12
-    return tile + num_queries * width * 16 + candidates + _BLOCK_QUERIES * _SUB_ROWS * 6
+    return tile + num_queries * width * 16 + candidates + _BLOCK_QUERIES * _TILE_ROWS * 6

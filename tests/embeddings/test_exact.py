@@ -59,8 +59,7 @@ def test_any_sharding_gives_the_same_bits_as_brute_force(
     vectors, queries = crowded_catalogue(seed, count, 12, num_distinct)
     catalog = stored(tmp_path_factory.mktemp("vectors"), vectors, file_rows=97)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exact, "_TILE_ROWS", 3 * tile)
-        patch.setattr(exact, "_SUB_ROWS", tile)
+        patch.setattr(exact, "_TILE_ROWS", tile)
         patch.setattr(exact, "_MIN_ROOM", room)
         patch.setattr(exact, "_BLOCK_QUERIES", 2)
         parts = np.split(np.arange(count), [min(cut, count) for cut in cuts])
