@@ -6,14 +6,17 @@
   ours_process    the same search in one process of two threads, `embeddings.exact`;
   bare_faiss      faiss.IndexFlatIP with all vectors in memory, two threads, all queries in one call;
   st_faiss        sentence_transformers.util.mine_hard_negatives with FAISS, as its documents advise for many products;
-  st_torch        the same without FAISS, 512 queries at a time, since its own 16,384 need 26 GB of scores.
+  st_torch        the same without FAISS, 512 queries at a time, since its own 16,384 need 26 GB of scores;
+  ivf_flat, ivf_pq, hnsw
+                  `ray_apps.mine` with such an index, where --contestants asks for it: building it is told apart, the
+                  probe of its recall that every run makes is not.
 
 All find 100 products for each query on the same vectors of MiniLM-L6: titles below ASSAY_DATA/titles, and beyond their
 number vectors derived from them by noise. Queries are first words of titles. Each contestant of a round is a process of
 its own, one after the other; its start, and the time that the miner's encoder calls take, are left out. Memory is the
 most anonymous memory of any one of its processes, mapped files apart. --quick encodes 30,000 titles, derives the rest
 and asks 4,000 queries. The last line is JSON; above 1 is ours better; `recall` is of ours against the neighbours that
-FAISS finds in float32.
+FAISS finds in float32, of an index against those of ours.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -42,6 +45,7 @@ from embeddings.vectors import CatalogVectors, VectorStore, write_vectors
 
 K: Final = 100
 CONTESTANTS: Final = ("ours", "ours_process", "bare_faiss", "st_faiss", "st_torch")
+INDEXES: Final = ("ivf_flat", "ivf_pq", "hnsw")
 QUICK_TITLES, QUICK_QUERIES, QUERIES = 30_000, 4_000, 10_000
 NOISE: Final = 0.5
 """Length of the noise of a derived vector, whose cosine with its origin is about .9."""
@@ -145,6 +149,28 @@ def ours(folder: Path, products: int, found: dict[str, Any]) -> NDArray[np.int64
     return rows
 
 
+def indexed(folder: Path, products: int, found: dict[str, Any], *, kind: Any) -> NDArray[np.int64]:
+    """By an actor of two threads with an index, which is built first."""
+    from embeddings.index_recipe import IndexRecipe
+    from ray_apps.cluster import RayPlacement, connect
+    from ray_apps.mine import Search, SearchJob, SearchPool
+
+    vectors, query_QD = catalog(folder, products)
+    connect(RayPlacement(address="local", num_cpus=2))
+    building: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=folder) as place, SearchPool(1, 2, uses_index=True) as pool:
+        recipe = IndexRecipe(kind=kind)
+        with watched(building):
+            pool.run(SearchJob(Search(vectors, query_QD[:1], index=recipe, index_folder=place), K, 1, ""))
+        found["build_seconds"], found["build_anonymous_mb"] = building["seconds"], building["anonymous_mb"]
+        found["index_mb"] = sum(path.stat().st_size for path in Path(place).rglob("part-*")) / 1e6
+        with watched(found):
+            job = SearchJob(Search(vectors, query_QD, index=recipe, index_folder=place), K, 1, "")
+            pool.run(job)
+            rows = job.neighbours().row_QK
+    return rows
+
+
 def ours_process(folder: Path, products: int, found: dict[str, Any]) -> NDArray[np.int64]:
     """By one process."""
     import torch
@@ -216,9 +242,21 @@ def contestant(name: str, folder: Path, products: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if name.startswith("st_"):
         sentence_transformers(folder, products, found, use_faiss=name == "st_faiss")
+    elif name in INDEXES:
+        np.save(folder / f"rows-{name}.npy", indexed(folder, products, found, kind=name))
     else:
         rows = {"ours": ours, "ours_process": ours_process, "bare_faiss": bare_faiss}[name](folder, products, found)
         np.save(folder / f"rows-{name}.npy", rows)
+    return found
+
+
+def _recall(folder: Path, names: Sequence[str]) -> dict[str, float]:
+    """Share of the nearest that ours found: by FAISS's neighbours in float32, of an index by the exact search's."""
+    found = {}
+    for name, truth in (("ours", "bare_faiss"), ("ours_process", "bare_faiss"), *((name, "ours") for name in INDEXES)):
+        if name in names and truth in names:
+            pairs = zip(np.load(folder / f"rows-{name}.npy"), np.load(folder / f"rows-{truth}.npy"), strict=True)
+            found[name] = float(np.mean([np.intersect1d(*pair).size for pair in pairs])) / K
     return found
 
 
@@ -256,18 +294,13 @@ def main() -> None:
                 runs[name].append(one)
                 rate = queries / one["seconds"]
                 print(
-                    f"{name:<14} {one['seconds']:8.2f} s {rate:9.1f} queries/s {one['anonymous_mb']:8.0f} MB",
+                    f"{name:<14} {one['seconds']:8.2f} s {rate:9.1f} queries/s {one['anonymous_mb']:8.0f} MB"
+                    + (f", built in {one['build_seconds']:.1f} s" if "build_seconds" in one else ""),
                     flush=True,
                 )
         seconds = {name: median(one["seconds"] for one in own) for name, own in runs.items()}
         memory = {name: max(one["anonymous_mb"] for one in own) for name, own in runs.items()}
-        recall = {}
-        if "bare_faiss" in names:
-            truth = np.load(folder / "rows-bare_faiss.npy")
-            for name in set(names) & {"ours", "ours_process"}:
-                rows = np.load(folder / f"rows-{name}.npy")
-                both = [np.intersect1d(*pair).size for pair in zip(rows, truth, strict=True)]
-                recall[name] = float(np.mean(both)) / K
+        recall = _recall(folder, names)
     theirs = [seconds[name] for name in ("st_faiss", "st_torch") if name in seconds]
     ratios = {"sentence_transformers_mine": min(theirs) / seconds["ours"]} if theirs else {}
     if "bare_faiss" in seconds:
@@ -282,6 +315,7 @@ def main() -> None:
                 "seconds": seconds,
                 "anonymous_mb": memory,
                 "recall": recall,
+                "indexes": {name: own[-1] for name, own in runs.items() if name in INDEXES},
                 "ratios": ratios,
             }
         )

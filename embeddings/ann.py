@@ -17,7 +17,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from embeddings.index_recipe import TRAINED, IndexRecipe
+from embeddings.index_recipe import TRAINED, IndexRecipe, part_file
 from embeddings.topk import best, check_vectors, merge_topk
 from embeddings.vectors import CatalogVectors
 from lake.storage import atomic_file
@@ -64,7 +64,7 @@ class IndexPart:
         self, folder: str | Path, number: int, vectors: CatalogVectors, row_P: NDArray[np.int64], recipe: IndexRecipe
     ) -> None:
         self._vectors, self._row_P, self._recipe = vectors, row_P, recipe
-        path = Path(folder, f"part-{number:05d}.faiss")
+        path = Path(folder, part_file(number))
         if not path.is_file():
             self._build(Path(folder, TRAINED), path)
         # lists stay in the file and are read as they are probed

@@ -121,9 +121,7 @@ class ExactSearch:
         score_BC[query_C, place], row_BC[query_C, place] = score_C, row_C
         return best(score_BC, row_BC, depth)
 
-    def _score(
-        self, query_BD: Tensor, query_C: NDArray[np.int64], place_C: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
+    def _score(self, query_BD: Tensor, query_C: NDArray[np.int64], place_C: NDArray[np.int64]) -> NDArray[np.float32]:
         """What `vectors.inner_products` gives for pairs of a query and a place in the search's order."""
         score_C = np.empty(len(place_C), dtype=np.float32)
         query_BD, size = query_BD.double(), _PAIRS[self._device.type == "cuda"]
@@ -138,14 +136,15 @@ class ExactSearch:
 
 
 class _Tile:
-    """Products of one step, rounded, with what rounding did to them."""
+    """Products of one step, rounded, with what rounding did to them; their own vectors are lost."""
 
     def __init__(self, vector_TD: Tensor, start: int, kind: torch.dtype) -> None:
         self.start, self.size = start, len(vector_TD)
         rounded = vector_TD.to(kind)
         self.longest = _longest(vector_TD)
-        self.residual = _longest(vector_TD - rounded.float())
-        self.rounded_DT = functional.pad(rounded, (0, 0, 0, -self.size % _GROUP)).T
+        self.residual = _longest(vector_TD.sub_(rounded))
+        lacking = -self.size % _GROUP
+        self.rounded_DT = (functional.pad(rounded, (0, 0, 0, lacking)) if lacking else rounded).T
 
 
 class _Block:

@@ -10,6 +10,11 @@ TRAINED: Final = "trained.faiss"
 """Name of the empty index that all parts begin with."""
 
 
+def part_file(number: int) -> str:
+    """Name of the index of a part."""
+    return f"part-{number:05d}.faiss"
+
+
 @settings
 class IndexRecipe:
     """Exact search, or an index that looks at a part of the catalogue for each query."""

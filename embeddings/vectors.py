@@ -101,6 +101,11 @@ def has_rows(path: str | Path, num_rows: int) -> bool:
     return vector_PD.ndim == 2 and len(vector_PD) == num_rows
 
 
+def file_bytes(path: str | Path) -> int:
+    """What a file of vectors and the hashes beside it take of the disk."""
+    return Path(path).stat().st_size + _sidecar(path).stat().st_size
+
+
 @dataclass(frozen=True)
 class CatalogVectors:
     """Where the vector of each row of a catalogue lies.
@@ -248,7 +253,8 @@ def inner_products(left_ND: NDArray[np.float32], right_ND: NDArray[np.float32]) 
     Products of float32 are exact in float64; they are summed in halves, an order of plain additions that any device
     repeats to the bit.
     """
-    return row_sums(np.multiply(left_ND, right_ND, dtype=np.float64)).astype(np.float32)
+    score_N: NDArray[np.float64] = row_sums(np.multiply(left_ND, right_ND, dtype=np.float64))
+    return score_N.astype(np.float32)
 
 
 def row_sums(matrix_ND: Any) -> Any:

@@ -17,7 +17,7 @@ from embeddings.mining import TAIL, TOP, MiningRecipe, assign_bands, open_places
 from embeddings.vectors import CatalogVectors
 from jobs import job, labelling
 from jobs.embed_catalog import Catalog, EmbedRecipe, SearchPlacement, embed, encoder_folder, read_catalogs, search
-from jobs.mining_plan import MiningPlan, plan_mining
+from jobs.mining_plan import CatalogWork, MiningPlan, plan_mining
 from lake import tables
 from lake.runs import Run, RunRecord
 from lake.schemas import MINED_PAIR
@@ -124,16 +124,20 @@ def _work(current: Run) -> tuple[dict[str, list[dict[str, Any]]], list[Catalog]]
 
 def _searched(catalog: Catalog, vectors: CatalogVectors, instances: Rows, scope: str) -> NDArray[np.bool_]:
     """Which rows of the catalogue may be found: of equal texts the first in scope, so that none fills the ranks."""
-    if scope == "catalog":
-        in_scope = np.arange(len(catalog.products))
-    else:
-        trained = pa.array(sorted({product for row in instances for product in row["product_ids"]}), pa.string())
-        in_scope = np.flatnonzero(pc.is_in(catalog.products["product_id"], value_set=trained).to_numpy())
+    in_scope = _in_scope(catalog, instances, scope)
     lying = np.stack([vectors.file_P[in_scope], vectors.place_P[in_scope]])
     _, first = np.unique(lying, axis=1, return_index=True)
     is_kept = np.zeros(len(catalog.products), dtype=bool)
     is_kept[in_scope[first]] = True
     return is_kept
+
+
+def _in_scope(catalog: Catalog, instances: Rows, scope: str) -> NDArray[np.int64]:
+    """Rows of the catalogue that the scope takes in."""
+    if scope == "catalog":
+        return np.arange(len(catalog.products))
+    trained = pa.array(sorted({product for row in instances for product in row["product_ids"]}), pa.string())
+    return np.flatnonzero(pc.is_in(catalog.products["product_id"], value_set=trained).to_numpy())
 
 
 def _earlier(lake: Lake, this_round: int) -> pa.Table:
@@ -246,8 +250,12 @@ def plan(config: Config) -> MiningPlan:
     folder = encoder_folder(Lake(config.lake), config.inputs.model, "inputs.model")
     current = job.pin(config, "mine_hard_pairs")
     instances, catalogs = _work(current)
-    sizes = [(catalog, len(instances[catalog.dataset])) for catalog in catalogs]
-    return plan_mining(current, folder, sizes, config.recipe.mining.depth, config.recipe.embedding, config.placement)
+    recipe, work = config.recipe, []
+    for catalog in catalogs:
+        own = instances[catalog.dataset]
+        texts = catalog.products["product_hash"].take(pa.array(_in_scope(catalog, own, recipe.scope)))
+        work.append(CatalogWork(catalog, len(own), pc.count_distinct(texts).as_py()))
+    return plan_mining(current, folder, work, recipe.mining.depth, recipe.index, recipe.embedding, config.placement)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -104,6 +104,28 @@ def patient(action: Callable[P, R]) -> Callable[P, R]:
     return tried
 
 
+def check_space(folder: str | Path, num_bytes: int, what: str) -> None:
+    """Refuses work whose files the disk has no room for.
+
+    Args:
+        folder: where they are written; may be absent.
+        num_bytes: that they take.
+        what: names them.
+
+    Raises:
+        LakeError: less is free.
+    """
+    place = Path(folder).resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if num_bytes > free:
+        raise LakeError(
+            f"{what} take about {num_bytes / 1e6:,.0f} MB, {place} has {free / 1e6:,.0f} MB free; make room and give "
+            "the same command again, which goes on where this one stopped"
+        )
+
+
 def is_lasting(error: OSError) -> bool:
     """Whether waiting does not mend this failure of the storage."""
     return isinstance(error, FileNotFoundError | PermissionError) or any(part in str(error) for part in LASTING)

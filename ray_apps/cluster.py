@@ -42,7 +42,7 @@ def connect(placement: RayPlacement) -> None:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = placement.address or os.environ.get("RAY_ADDRESS", "") or "local"
+    address = _address(placement)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -63,6 +63,20 @@ def connect(placement: RayPlacement) -> None:
                 f"placement.ray.address={address}: Ray does not answer ({error}); give another"
             ) from error
     log.info("Ray: %s", {key: value for key, value in ray.cluster_resources().items() if key in ("CPU", "GPU")})
+
+
+def _address(placement: RayPlacement) -> str:
+    return placement.address or os.environ.get("RAY_ADDRESS", "") or "local"
+
+
+def count_nodes(placement: RayPlacement) -> int:
+    """Machines of the cluster that the placement names; of one that it would start here, one."""
+    if _address(placement) == "local":
+        return 1
+    import ray
+
+    connect(placement)
+    return sum(node["Alive"] for node in ray.nodes())
 
 
 def check_resources(num_cpus: float, num_gpus: float = 0) -> None:

@@ -21,8 +21,18 @@ import pyarrow as pa
 import ray
 
 from embeddings.text import TextRecipe, normalise_query, product_text
-from embeddings.vectors import FILE_ROWS, QUERIES, VectorStore, VectorType, has_rows, texts_print, write_vectors
+from embeddings.vectors import (
+    FILE_ROWS,
+    QUERIES,
+    VectorStore,
+    VectorType,
+    file_bytes,
+    has_rows,
+    texts_print,
+    write_vectors,
+)
 from lake.progress import write_progress
+from lake.storage import check_space
 from ray_apps.cluster import check_resources, quiet_data
 
 if TYPE_CHECKING:
@@ -158,7 +168,23 @@ def embed(
         seconds = time.monotonic() - started
         write_progress(run_folder, done=encoded, total=total, note=f"texts encoded, {encoded / seconds:.0f}/s")
         log.info("embed: %d of %d texts, %.0f/s", encoded, total, encoded / seconds)
+        if encoded == num_rows:
+            # the first file tells how large the others will be
+            _check_space(missing)
     return encoded
+
+
+def _check_space(parts: Sequence[Part]) -> None:
+    """Looks, by the size of the files that are there, whether the disk has room for those that are not.
+
+    Raises:
+        LakeError: it has less.
+    """
+    here = [part for part in parts if part.is_complete]
+    left = sum(len(part.hashes) for part in parts) - sum(len(part.hashes) for part in here)
+    size, rows = sum(file_bytes(part.path) for part in here), sum(len(part.hashes) for part in here)
+    if left:
+        check_space(Path(here[0].path).parent, left * size // max(1, rows), f"vectors of {left:,} more texts")
 
 
 def _texts(fields: pa.Table, side: Literal["query", "document"], recipe: TextRecipe) -> list[str]:

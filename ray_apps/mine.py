@@ -27,11 +27,11 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import ObjectLostError, RayActorError
 
-from embeddings.index_recipe import TRAINED, IndexRecipe
+from embeddings.index_recipe import TRAINED, IndexRecipe, part_file
 from embeddings.topk import merge_topk
 from embeddings.vectors import CatalogVectors
 from lake.progress import write_progress
-from lake.storage import atomic_file
+from lake.storage import atomic_file, check_space
 from ray_apps.cluster import check_memory, check_resources
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ _MOST_LOSSES: Final = 20
 _LATE: Final = 2.0
 """A piece of work that takes so many times the mean is given to an idle actor as well."""
 _LATE_SEC: Final = 10.0
+_FOUND_BYTES: Final = 12
+"""Of a neighbour: score and row."""
 _PROBED_QUERIES: Final = 200
 """Queries on which the recall of an index is measured."""
 
@@ -132,12 +134,30 @@ def mine(
     return [job.neighbours() for job in jobs]
 
 
-def actor_bytes(num_queries: int, num_products: int, width: int, k: int) -> int:
-    """Memory of a search actor at most, in bytes, beside the mapped files of vectors."""
+def actor_bytes(num_queries: int, num_products: int, width: int, k: int, index: IndexRecipe | None = None) -> int:
+    """Memory of a search actor at most, in bytes, beside the mapped files of vectors.
+
+    Args:
+        num_queries: to be looked up.
+        num_products: of the catalogue.
+        width: of a vector.
+        k: products per query.
+        index: of a part, which the actor holds as well; None for an exact search.
+    """
     from embeddings.exact import exact_search_bytes
 
+    of_index = index.num_bytes(-(-num_products // _num_parts(num_products)), width) if index else 0
     # where each row of the catalogue lies: in Ray's store, once per node
-    return exact_search_bytes(width, min(num_queries, _BLOCK_QUERIES), k) + 12 * num_products
+    return exact_search_bytes(width, min(num_queries, _BLOCK_QUERIES), k) + 12 * num_products + of_index
+
+
+def found_bytes(num_queries: int, k: int) -> int:
+    """What the neighbours of finished queries take of the disk, until the run ends."""
+    return num_queries * k * _FOUND_BYTES
+
+
+def _num_parts(num_rows: int) -> int:
+    return max(1, -(-num_rows // _PART_ROWS))
 
 
 def drop_kept(run_folder: str) -> None:
@@ -186,7 +206,7 @@ class SearchJob:
     def __init__(self, search: Search, k: int, num_actors: int, run_folder: str) -> None:
         self.search, self.k, self.run_folder = search, k, run_folder
         rows, num_queries = search.rows(), len(search.query_QD)
-        self.parts = np.array_split(rows, max(1, -(-len(rows) // _PART_ROWS)))
+        self.parts = np.array_split(rows, _num_parts(len(rows)))
         wanted = min(-(-num_actors // len(self.parts)), -(-num_queries // _LEAST_BLOCK))
         count = max(1, wanted, -(-num_queries // _BLOCK_QUERIES))
         bounds = [num_queries * number // count for number in range(count + 1)]
@@ -216,9 +236,21 @@ class SearchJob:
     def num_bytes(self) -> int:
         """Memory of an actor at most, in bytes, beside the mapped files."""
         most = max(block.stop - block.start for block in self.blocks)
-        width = self.search.query_QD.shape[1]
-        index = self.search.index.num_bytes(max(len(part) for part in self.parts), width)
-        return actor_bytes(most, len(self.search.vectors), width, self.k) + index
+        return actor_bytes(most, len(self.search.vectors), self.search.query_QD.shape[1], self.k, self.search.index)
+
+    def check_space(self) -> None:
+        """Looks whether the disk has room for what is still to be written.
+
+        Raises:
+            LakeError: it has less.
+        """
+        index, width = self.search.index, self.search.query_QD.shape[1]
+        if self.uses_index:
+            sizes = [len(part) for number, part in enumerate(self.parts) if not self._has_index(number)]
+            check_space(self.index_folder, sum(index.num_bytes(size, width) for size in sizes), "index files")
+        if self._folder is not None:
+            rows = sum(self.blocks[block].stop - self.blocks[block].start for block, left in self._left.items() if left)
+            check_space(self._folder, found_bytes(rows, self.k), "neighbours of finished queries")
 
     @property
     def is_done(self) -> bool:
@@ -259,6 +291,9 @@ class SearchJob:
         found = self.neighbours().row_QK[sample]
         both = sum(np.intersect1d(*pair).size for pair in zip(found, exact.row_QK, strict=True))
         self.recall = both / max(1, exact.row_QK.size)
+
+    def _has_index(self, part: int) -> bool:
+        return Path(self.index_folder, part_file(part)).is_file()
 
     def _kept(self, block: int) -> Neighbours | None:
         if self._folder is None or not (path := self._path(block)).is_file():
@@ -337,6 +372,7 @@ class SearchPool:
             len(self._members),
             job.num_bytes // 1_000_000,
         )
+        job.check_space()
         given = _Given(ray.put(job.search.vectors), [ray.put(part) for part in job.parts])
         if job.uses_index:
             self._train(job, given)

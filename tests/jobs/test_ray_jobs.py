@@ -15,6 +15,7 @@ from deltalake import write_deltalake
 from conf.load import ConfigError, load_job
 from embeddings.batches import BatchRecipe
 from embeddings.encoder import encode, load_encoder, save_encoder
+from embeddings.index_recipe import IndexRecipe
 from embeddings.lexical import CatalogText
 from embeddings.mining import MiningRecipe
 from embeddings.recipes import EncoderRecipe, LossRecipe, LossTerm, TrainRecipe, read_card
@@ -286,11 +287,20 @@ def test_the_plan_counts_what_is_left_to_do(chain):
         placement=SEARCH,
     )
     planned = mine_hard_pairs.plan(config)
-    assert (planned.products, planned.width, planned.vector_bytes) == (30, 64, 30 * 64 * 2)
-    assert planned.scores == 30 * planned.queries
+    # of two products with the same text one may be found
+    assert (planned.products, planned.width, planned.vector_bytes) == (29, 64, 30 * 64 * 2)
+    assert planned.scores == 29 * planned.queries
     assert planned.to_encode == planned.queries
+    assert planned.disk_bytes == planned.queries * 64 * 4
+    assert (planned.actors, planned.node_bytes) == (0, planned.actor_bytes)
     assert planned.hours > 0
-    assert "30, 0 MB at width 64" in planned.render()
+    assert "29, 0 MB at width 64" in planned.render()
+    index = IndexRecipe(kind="hnsw")
+    indexed = mine_hard_pairs.plan(dataclasses.replace(config, recipe=mine_hard_pairs.HardPairRecipe(index=index)))
+    assert indexed.actors == SEARCH.num_search_actors
+    assert indexed.actor_bytes > planned.actor_bytes
+    assert indexed.node_bytes == indexed.actors * indexed.actor_bytes
+    assert indexed.disk_bytes > planned.disk_bytes + index.num_bytes(29, 64)
 
 
 def test_a_second_round_keeps_the_first_and_finds_other_pairs(chain):

@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ from embeddings.encoder import build_encoder, encode, load_encoder, save_encoder
 from embeddings.recipes import EncoderRecipe
 from embeddings.text import TextRecipe
 from embeddings.vectors import VectorStore
+from lake.storage import LakeError
 from ray_apps import embed as app
 from ray_apps.embed import embed, plan_products, plan_queries
 from tests.tiny_models import tiny_bert_folder
@@ -74,6 +76,21 @@ def test_encodes_with_the_models_own_texts_and_never_twice(tmp_path, own_texts, 
     )
     assert run(changed)[1] == 2
     assert np.array_equal(store.vectors(changed["product_hash"]).take(np.arange(5)), vectors.take(np.arange(5)))
+
+
+def test_a_disk_without_room_for_the_rest_ends_it_after_the_first_file(tmp_path, monkeypatch):
+    folder, store = str(tmp_path / "model"), VectorStore(tmp_path / "vectors")
+    model = build_encoder(EncoderRecipe(model=str(tiny_bert_folder(tmp_path / "bert"))))
+    save_encoder(model, folder, {"text": TextRecipe(), "stage": 1, "fingerprint": "x"})
+    monkeypatch.setattr(app, "FILE_ROWS", 3)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=100))
+    where = {"num_workers": 1, "threads_per_worker": 1, "use_gpu": False, "batch_tokens": 1024, "own_texts": 100}
+    parts = plan_products(folder, CATALOG, store, "float16", 1)
+    with pytest.raises(LakeError, match=r"vectors of 5 more texts take about 0 MB, .* has 0 MB free; make room"):
+        embed(parts, **where, run_folder=str(tmp_path / "run"))
+    assert [part.is_complete for part in parts] == [True, False, False]
+    monkeypatch.undo()
+    assert embed(parts, **where, run_folder=str(tmp_path / "run")) == 5
 
 
 def test_products_may_be_computed_in_int8_by_one_graph_for_all_nights(tmp_path):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ import ray
 from conf.load import ConfigError
 from embeddings.index_recipe import IndexRecipe
 from embeddings.vectors import VectorStore, write_vectors
+from lake.storage import LakeError
 from ray_apps import mine as app
 from ray_apps.mine import Search, drop_kept, mine
 
@@ -201,6 +203,33 @@ def test_work_that_fits_no_node_is_refused_before_it_starts(tmp_path, monkeypatc
     monkeypatch.setattr(app.SearchJob, "num_bytes", 10**14)
     with pytest.raises(ConfigError, match="a search actor takes about 100,000,000 MB, the largest node has"):
         mine([search], 3, **POOL)
+
+
+@pytest.mark.usefixtures("ray_cluster", "small_pieces")
+def test_a_full_disk_ends_the_search_and_the_next_run_goes_on(tmp_path, monkeypatch):
+    vectors = unit_vectors(120)
+    search, run_folder = Search(stored(tmp_path, vectors, 1), vectors[:40]), str(tmp_path / "run")
+    (expected,) = mine([search], 10, **POOL)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=4_000))
+        with pytest.raises(LakeError, match=r"neighbours of finished queries take about 0 MB, .* free; make room"):
+            mine([search], 10, **POOL, run_folder=run_folder)
+    write, written = np.savez, []
+
+    def full(file, **arrays):
+        if len(written) == 2:
+            Path(file).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        written.append(file)
+        write(file, **arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", full)
+        with pytest.raises(OSError, match="No space left"):
+            mine([search], 10, **POOL, run_folder=run_folder)
+    assert len(list((tmp_path / "run" / "neighbours").rglob("*block*"))) == 2
+    (found,) = mine([search], 10, **POOL, run_folder=run_folder)
+    assert same(found, expected)
 
 
 def test_importing_the_search_brings_neither_torch_nor_faiss():
