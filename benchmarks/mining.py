@@ -1,6 +1,6 @@
 """Queries per second of exact mining: ours beside sentence-transformers' miner and one FAISS index in memory.
 
-    python -m benchmarks.mining [--quick] [--products N] [--queries N] [--rounds N]
+    python -m benchmarks.mining [--quick] [--products N] [--titles N] [--queries N] [--rounds N]
 
   ours            `ray_apps.mine` over a pool of two actors of one thread each, over float16 files mapped into memory;
   ours_process    the same search in one process of two threads, `embeddings.exact`;
@@ -266,6 +266,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--products", type=int, default=400_000)
     parser.add_argument("--queries", type=int)
+    parser.add_argument("--titles", type=int, help="titles that are encoded; the other products derive from them")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--contestants", default="")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
@@ -282,7 +283,8 @@ def main() -> None:
         folder = Path(given.folder or place)
         folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        prepare(folder, given.products, queries, QUICK_TITLES if given.quick else given.products)
+        titles = given.titles or (QUICK_TITLES if given.quick else given.products)
+        prepare(folder, given.products, queries, titles)
         print(f"vectors of {given.products:,} products and {queries:,} queries: {time.monotonic() - started:.0f} s")
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for number in range(given.rounds or (1 if given.quick else 3)):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -197,14 +197,13 @@ class VectorStore:
         names = sorted(path for path in self.folder.glob("*.npy") if not path.name.startswith(QUERIES))
         return [str(path) for path in names]
 
-    def missing(self, hashes: pa.Array | pa.ChunkedArray) -> list[str]:
+    def missing(self, hashes: pa.Array | pa.ChunkedArray) -> pa.Array:
         """Hashes that no file holds, each once, in their order."""
         wanted = pc.unique(hashes.cast(pa.large_string()))
         stored, _, _ = self._stored()
-        absent: list[str] = wanted.filter(pc.invert(pc.is_in(wanted, value_set=stored))).to_pylist()
-        return absent
+        return wanted.filter(pc.invert(pc.is_in(wanted, value_set=stored)))
 
-    def path_of(self, hashes: Sequence[str]) -> str:
+    def path_of(self, hashes: pa.Array | Sequence[str]) -> str:
         """The file that would hold the vectors of these texts."""
         return str(self.folder / f"{texts_print(hashes)}.npy")
 
@@ -267,11 +266,25 @@ def row_sums(matrix_ND: Any) -> Any:
     return matrix_ND[:, 0]
 
 
-def texts_print(*columns: Sequence[str]) -> str:
+def texts_print(*columns: pa.Array | pa.ChunkedArray | Sequence[str]) -> str:
     """16 hex digits over columns of text in their order; names what was encoded."""
     digest = hashlib.sha256()
     for column in columns:
-        for text in column:
-            encoded = text.encode()
-            digest.update(len(encoded).to_bytes(8, "big") + encoded)
+        texts = column if isinstance(column, pa.Array | pa.ChunkedArray) else pa.array(column, pa.large_string())
+        chunks = texts.chunks if isinstance(texts, pa.ChunkedArray) else [texts]
+        digest.update(len(texts).to_bytes(8, "big"))
+        for chunk in chunks:
+            # where one text ends and the next begins is told by their lengths
+            digest.update(pc.fill_null(pc.binary_length(chunk), -1).cast(pa.int64()).to_numpy().tobytes())
+        for chunk in chunks:
+            digest.update(b"".join(_bytes_of(chunk)))
     return digest.hexdigest()[:16]
+
+
+def _bytes_of(texts: pa.Array) -> Iterator[memoryview]:
+    """The characters of texts, one after the other, as they lie in memory."""
+    whole = pc.fill_null(texts, "").cast(pa.large_string())
+    _, offsets, data = whole.buffers()
+    if data is not None and len(whole):
+        bounds = np.frombuffer(offsets, dtype=np.int64)[whole.offset : whole.offset + len(whole) + 1]
+        yield memoryview(data)[int(bounds[0]) : int(bounds[-1])]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from conf.load import ConfigError, meaning, settings
@@ -125,12 +126,12 @@ def read_catalogs(lake: Lake, version: int, datasets: Sequence[str] = ()) -> lis
     products = tables.rows(lake, CATALOG_PRODUCT, version=version, where=where).sort_by(
         [("dataset", "ascending"), ("product_id", "ascending")]
     )
-    names = products["dataset"].to_pylist()
-    catalogs = []
-    for name in dict.fromkeys(names):
-        own = products.slice(names.index(name), names.count(name))
-        ids, hashes = own["product_id"].to_pylist(), own["product_hash"].to_pylist()
-        catalogs.append(Catalog(name, own, texts_print(ids, hashes)))
+    catalogs, start = [], 0
+    # as they are sorted, products of a data set follow one another
+    for counted in pc.value_counts(products["dataset"]).to_pylist():
+        own = products.slice(start, counted["counts"])
+        start += len(own)
+        catalogs.append(Catalog(counted["values"], own, texts_print(own["product_id"], own["product_hash"])))
     return catalogs
 
 

@@ -239,10 +239,12 @@ class _Mined:
 
 def _categories(catalog: Catalog, levels: int) -> NDArray[np.int64]:
     """A number per product that those of the same first levels of the category share; without one, of its own."""
-    paths = catalog.products["category"].to_pylist()
-    names = [" > ".join(path.split(" > ")[:levels]) if path else f"\0{row}" for row, path in enumerate(paths)]
-    _, code_P = np.unique(np.array(names), return_inverse=True)
-    return np.asarray(code_P, dtype=np.int64)
+    parts = pc.list_slice(pc.split_pattern(catalog.products["category"].combine_chunks(), " > "), 0, levels)
+    names = pc.fill_null(pc.binary_join(parts, " > "), "")
+    code_P = np.asarray(names.dictionary_encode().indices.to_numpy(), dtype=np.int64)
+    without = np.flatnonzero(pc.equal(names, "").to_numpy(zero_copy_only=False))
+    code_P[without] = len(code_P) + without
+    return code_P
 
 
 def plan(config: Config) -> MiningPlan:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from embeddings.text import TextRecipe, normalise_query, product_text
@@ -89,13 +90,14 @@ def plan_products(
     """
     quantised = str(store.folder / "int8") if in_int8 else ""
     missing = store.missing(catalog["product_hash"])
-    first = {text: row for row, text in reversed(list(enumerate(catalog["product_hash"].to_pylist())))}
+    first = pc.index_in(missing, value_set=catalog["product_hash"].cast(missing.type).combine_chunks())
     count = max(1, -(-len(missing) // FILE_ROWS), min(num_workers, len(missing) // _LEAST_ROWS))
     parts = []
     for number in range(count if missing else 0):
-        own = missing[len(missing) * number // count : len(missing) * (number + 1) // count]
-        fields = catalog.select(FIELDS).take([first[text] for text in own])
-        parts.append(Part(model, "document", store.path_of(own), kind, pa.array(own, pa.string()), fields, quantised))
+        cut = slice(len(missing) * number // count, len(missing) * (number + 1) // count)
+        own = missing[cut]
+        fields = catalog.select(FIELDS).take(first[cut])
+        parts.append(Part(model, "document", store.path_of(own), kind, own.cast(pa.string()), fields, quantised))
     return parts
 
 

@@ -34,14 +34,14 @@ def test_rows_come_back_whichever_file_holds_them_and_texts_share_vectors(tmp_pa
 
 def test_only_texts_without_a_vector_are_missing_each_once(tmp_path):
     store = VectorStore(tmp_path / "absent")
-    assert store.missing(pa.array(["b", "a", "b"])) == ["b", "a"]
+    assert store.missing(pa.array(["b", "a", "b"])).to_pylist() == ["b", "a"]
     fill(store, unit_vectors(2), ["a", "c"], [])
     wanted = pa.chunked_array([["b", "a"], ["b", "d"]])
-    assert store.missing(wanted) == ["b", "d"]
+    assert store.missing(wanted).to_pylist() == ["b", "d"]
     with pytest.raises(StoreError, match="3 of 4 products have no vectors; run embed_catalog"):
         store.vectors(wanted)
     write_vectors(tmp_path / "absent" / "queries-x.npy", unit_vectors(1), ["b"])
-    assert store.missing(pa.array(["b"])) == ["b"]
+    assert store.missing(pa.array(["b"])).to_pylist() == ["b"]
 
 
 @pytest.mark.parametrize(("kind", "error"), [("float32", 0.0), ("float16", 1e-3), ("int8", 1e-2)])
@@ -98,3 +98,14 @@ def test_pair_scores_are_those_of_the_search(tmp_path, monkeypatch):
 def test_print_knows_where_one_text_ends_and_the_next_begins():
     assert texts_print(["ab", "c"]) != texts_print(["a", "bc"])
     assert texts_print(["a"], ["b"]) != texts_print(["b"], ["a"])
+    assert texts_print(["a", "b"], []) != texts_print(["a"], ["b"])
+    assert texts_print(["a", ""]) != texts_print(["a"])
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_print_is_of_the_texts_however_they_lie_in_memory(kind):
+    texts = ["ab", "é", "", "d"]
+    whole = pa.array(["x", *texts, "y"], kind)
+    cut = pa.chunked_array([whole[1:2], whole[2:2], whole[2:5]])
+    assert texts_print(texts) == texts_print(whole[1:5]) == texts_print(cut)
+    assert texts_print(pa.array(["ab", None], kind)) != texts_print(["ab", ""])

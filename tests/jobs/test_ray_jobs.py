@@ -268,6 +268,15 @@ def test_mined_pairs_are_ungraded_unique_and_in_their_band(chain):
     assert {row["query_id"] for row in rows} <= train
 
 
+def test_products_share_a_category_by_its_first_levels_and_none_without_one():
+    paths = ["Home > Lamp > Desk", "Home > Lamp", "Home > Sofa", None, "", "Home > Lamp > Wall"]
+    catalog = embed_catalog.Catalog("market", pa.table({"category": pa.chunked_array([paths[:2], paths[2:]])}), "")
+    two = mine_hard_pairs._categories(catalog, 2).tolist()
+    assert two[0] == two[1] == two[5]
+    assert len(set(two)) == 4
+    assert len(set(mine_hard_pairs._categories(catalog, 1).tolist())) == 3
+
+
 def test_manifest_names_every_file_of_vectors_once(chain):
     lake, _ = chain
     rows = tables.rows(lake, EMBEDDING_MANIFEST).to_pylist()
