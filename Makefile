@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 LAKE ?= .assay/demo
+WORKERS ?= 2
 EXTRAS := spark,ray,train,ann,int8,label-cpu,s3,mlflow,demo,notebook,dev
 export HF_HUB_OFFLINE ?= 1
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV := 0
@@ -29,8 +30,8 @@ demo: install  ## run the whole loop on a generated marketplace
 notebook: install  ## run a notebook and write it as HTML: NAME=audit_overview LAKE=.assay/demo [QUERY="red shoes"]
 	@$(BIN)/python notebooks/render.py $(NAME) lake='$(LAKE)' query='$(QUERY)'
 
-test: install  ## run the tests (under 40 minutes on 2 cores)
-	$(BIN)/python -m pytest
+test: install  ## run the tests (under 40 minutes on 2 cores), WORKERS=2 files of them at once
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 test-slow: install  ## run the tests that are marked slow
 	$(BIN)/python -m pytest -m slow

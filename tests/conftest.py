@@ -1,4 +1,4 @@
-"""What tests share: one Spark session for the whole run, a fresh lake for each test."""
+"""What tests share: one Spark session for a worker's whole run, a fresh lake for each test."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ from lake.storage import Lake
 
 # Before torch is loaded: threads that spin while they wait made a test of 0.8 s take 15 s on two busy cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps tests of a file in one worker, for its fixtures, and all files that read the lake of one finished loop."""
+    sharing = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("loop" if item.path in sharing else str(item.path)))
 
 
 @pytest.fixture(scope="session")
