@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -277,14 +277,15 @@ def texts_print(*columns: pa.Array | pa.ChunkedArray | Sequence[str]) -> str:
             # where one text ends and the next begins is told by their lengths
             digest.update(pc.fill_null(pc.binary_length(chunk), -1).cast(pa.int64()).to_numpy().tobytes())
         for chunk in chunks:
-            digest.update(b"".join(_bytes_of(chunk)))
+            digest.update(_characters(chunk))
     return digest.hexdigest()[:16]
 
 
-def _bytes_of(texts: pa.Array) -> Iterator[memoryview]:
+def _characters(texts: pa.Array) -> memoryview:
     """The characters of texts, one after the other, as they lie in memory."""
     whole = pc.fill_null(texts, "").cast(pa.large_string())
     _, offsets, data = whole.buffers()
-    if data is not None and len(whole):
-        bounds = np.frombuffer(offsets, dtype=np.int64)[whole.offset : whole.offset + len(whole) + 1]
-        yield memoryview(data)[int(bounds[0]) : int(bounds[-1])]
+    if data is None or not len(whole):
+        return memoryview(b"")
+    bounds = np.frombuffer(offsets, dtype=np.int64)[whole.offset : whole.offset + len(whole) + 1]
+    return memoryview(data)[int(bounds[0]) : int(bounds[-1])]

@@ -118,7 +118,9 @@ def plan_mining(
     actors = placement.num_search_actors if by_actors else 0
     scores_per_sec = _search_rate(width, depth) * placement.num_search_actors * placement.threads_per_search_actor
     to_encode = sum(len(texts) for texts in missing) + queries
-    of_actor = max((actor_bytes(one.queries, one.products, width, depth, index) for one in work), default=0)
+    of_actor = max(
+        actor_bytes(one.queries, len(one.catalog.products), one.products, width, depth, index) for one in work
+    )
     of_vector = width * _BYTES[recipe.kind]
     disk = sum(len(texts) for texts in missing) * of_vector + queries * width * _BYTES["float32"]
     if by_actors:

@@ -134,19 +134,20 @@ def mine(
     return [job.neighbours() for job in jobs]
 
 
-def actor_bytes(num_queries: int, num_products: int, width: int, k: int, index: IndexRecipe | None = None) -> int:
+def actor_bytes(num_queries: int, num_products: int, num_searched: int, width: int, k: int, index: IndexRecipe) -> int:
     """Memory of a search actor at most, in bytes, beside the mapped files of vectors.
 
     Args:
         num_queries: to be looked up.
         num_products: of the catalogue.
+        num_searched: of them that may be found.
         width: of a vector.
         k: products per query.
-        index: of a part, which the actor holds as well; None for an exact search.
+        index: that of a part is held as well.
     """
     from embeddings.exact import exact_search_bytes
 
-    of_index = index.num_bytes(-(-num_products // _num_parts(num_products)), width) if index else 0
+    of_index = index.num_bytes(-(-num_searched // _num_parts(num_searched)), width)
     # where each row of the catalogue lies: in Ray's store, once per node
     return exact_search_bytes(width, min(num_queries, _BLOCK_QUERIES), k) + 12 * num_products + of_index
 
@@ -236,7 +237,8 @@ class SearchJob:
     def num_bytes(self) -> int:
         """Memory of an actor at most, in bytes, beside the mapped files."""
         most = max(block.stop - block.start for block in self.blocks)
-        return actor_bytes(most, len(self.search.vectors), self.search.query_QD.shape[1], self.k, self.search.index)
+        search, searched = self.search, sum(len(part) for part in self.parts)
+        return actor_bytes(most, len(search.vectors), searched, search.query_QD.shape[1], self.k, search.index)
 
     def check_space(self) -> None:
         """Looks whether the disk has room for what is still to be written.
