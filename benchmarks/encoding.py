@@ -222,9 +222,9 @@ def prepare(work: Work) -> None:
 def main() -> None:
     """Prints each round, then the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round of few titles and contestants, 4 minutes")
+    parser.add_argument("--quick", action="store_true", help="one round of three contestants, 4 minutes")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--texts", type=int, help="titles to encode, 0 for all; 8,192 or quick 512")
+    parser.add_argument("--texts", type=int, default=8192, help="titles to encode, 0 for all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
@@ -235,7 +235,7 @@ def main() -> None:
         work = Work(
             data=Path(os.environ["ASSAY_DATA"]),
             place=given.place or Path(place),
-            texts=(512 if given.quick else 8192) if given.texts is None else given.texts,
+            texts=given.texts,
             threads=given.threads,
             calibration=64 if given.quick else 300,
             queries=64 if given.quick else 1000,

@@ -42,7 +42,7 @@ from embeddings.text import TextRecipe
 Side = Literal["query", "document"]
 SIDES: tuple[Side, Side] = ("query", "document")
 _MAX_MEASURED = 20_000
-_TOKENS_AT_ONCE = 2**18
+_TOKENS_OF_RUN, _TOKENS_AT_ONCE = 2**14, 2**18
 
 
 def build_encoder(recipe: EncoderRecipe, *, device: str = "cpu") -> SentenceTransformer:
@@ -223,12 +223,35 @@ def length_batches(
     model: SentenceTransformer, texts: Sequence[str], side: Side, *, batch_tokens: int = 4096
 ) -> Iterator[tuple[NDArray[np.intp], dict[str, Any]]]:
     """Rows of texts, which come longest first, and their tokens on the CPU, batched as in `lanes.split_by_length`."""
-    start = 0
-    # some ten thousand titles at a time, so that memory does not grow with the catalogue
-    for features in token_batches(model, texts, side, batch_tokens=_TOKENS_AT_ONCE, device="cpu"):
-        for rows, batch in split_by_length(features, batch_tokens=batch_tokens):
-            yield rows + start, batch
-        start += len(features["attention_mask"])
+    held: list[dict[str, Any]] = []
+    start = end = size = 0
+    # tokenised in runs of neighbours, which hold little padding: making tensors of it takes longer than tokenising
+    for features in token_batches(model, texts, side, batch_tokens=_TOKENS_OF_RUN, device="cpu"):
+        held.append(features)
+        end, size = end + len(features["attention_mask"]), size + features["attention_mask"].numel()
+        # some ten thousand titles at a time, so that memory does not grow with the catalogue
+        if size >= _TOKENS_AT_ONCE or end == len(texts):
+            for rows, batch in split_by_length(_joined(model, held), batch_tokens=batch_tokens):
+                yield rows + start, batch
+            held, start, size = [], end, 0
+
+
+def _joined(model: SentenceTransformer, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Runs of tokenised texts as one, padded to the longest as their tokenizer pads."""
+    if len(runs) == 1:
+        return runs[0]
+    tokenizer, shapes = model.tokenizer, [run["attention_mask"].shape for run in runs]
+    longest, is_right = max(shape[1] for shape in shapes), tokenizer.padding_side == "right"
+    joined = dict(runs[0])
+    for name, value in runs[0].items():
+        if isinstance(value, Tensor) and value.shape == shapes[0]:
+            filler = tokenizer.pad_token_id if name == "input_ids" else 0
+            lacking = [longest - shape[1] for shape in shapes]
+            sides = [(0, count) if is_right else (count, 0) for count in lacking]
+            joined[name] = torch.cat(
+                [functional.pad(run[name], side, value=filler) for run, side in zip(runs, sides, strict=True)]
+            )
+    return joined
 
 
 def distinct(texts: Sequence[str]) -> tuple[list[str], NDArray[np.intp]]:
