@@ -31,7 +31,7 @@ notebook: install  ## run a notebook and write it as HTML: NAME=audit_overview L
 	@$(BIN)/python notebooks/render.py $(NAME) lake='$(LAKE)' query='$(QUERY)'
 
 test: install  ## run the tests (under 40 minutes on 2 cores), WORKERS=2 files of them at once
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 test-slow: install  ## run the tests that are marked slow
 	$(BIN)/python -m pytest -m slow
