@@ -31,6 +31,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -242,11 +243,10 @@ def contestant(name: str, folder: Path, products: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if name.startswith("st_"):
         sentence_transformers(folder, products, found, use_faiss=name == "st_faiss")
-    elif name in INDEXES:
-        np.save(folder / f"rows-{name}.npy", indexed(folder, products, found, kind=name))
     else:
-        rows = {"ours": ours, "ours_process": ours_process, "bare_faiss": bare_faiss}[name](folder, products, found)
-        np.save(folder / f"rows-{name}.npy", rows)
+        runs = {"ours": ours, "ours_process": ours_process, "bare_faiss": bare_faiss}
+        runs |= {kind: partial(indexed, kind=kind) for kind in INDEXES}
+        np.save(folder / f"rows-{name}.npy", runs[name](folder, products, found))
     return found
 
 

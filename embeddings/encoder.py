@@ -231,25 +231,25 @@ def length_batches(
         end, size = end + len(features["attention_mask"]), size + features["attention_mask"].numel()
         # some ten thousand titles at a time, so that memory does not grow with the catalogue
         if size >= _TOKENS_AT_ONCE or end == len(texts):
-            for rows, batch in split_by_length(_joined(model, held), batch_tokens=batch_tokens):
+            for rows, batch in split_by_length(_joined(model, held, side), batch_tokens=batch_tokens):
                 yield rows + start, batch
             held, start, size = [], end, 0
 
 
-def _joined(model: SentenceTransformer, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _joined(model: SentenceTransformer, runs: Sequence[dict[str, Any]], side: Side) -> dict[str, Any]:
     """Runs of tokenised texts as one, padded to the longest as their tokenizer pads."""
     if len(runs) == 1:
         return runs[0]
-    tokenizer, shapes = model.tokenizer, [run["attention_mask"].shape for run in runs]
+    tokenizer, shapes = transformers_of(model)[side].tokenizer, [run["attention_mask"].shape for run in runs]
     longest, is_right = max(shape[1] for shape in shapes), tokenizer.padding_side == "right"
     joined = dict(runs[0])
     for name, value in runs[0].items():
         if isinstance(value, Tensor) and value.shape == shapes[0]:
-            filler = tokenizer.pad_token_id if name == "input_ids" else 0
+            filler = tokenizer.pad_token_id or 0 if name == "input_ids" else 0
             lacking = [longest - shape[1] for shape in shapes]
-            sides = [(0, count) if is_right else (count, 0) for count in lacking]
+            margins = [(0, count) if is_right else (count, 0) for count in lacking]
             joined[name] = torch.cat(
-                [functional.pad(run[name], side, value=filler) for run, side in zip(runs, sides, strict=True)]
+                [functional.pad(run[name], margin, value=filler) for run, margin in zip(runs, margins, strict=True)]
             )
     return joined
 

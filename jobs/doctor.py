@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Literal
 
 from lake import spark
-from lake.storage import Lake, LakeError
+from lake.storage import Lake, LakeError, free_space
 
 PINNED = {
     "pyspark": "4.2.0",
@@ -106,10 +104,7 @@ def _writable(lake_root: str) -> Finding:
 
 
 def _disk(lake_root: str) -> Finding:
-    place = Path(lake_root).resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free / 2**30
+    free = free_space(lake_root)[1] / 2**30
     enough = free >= NEEDED_DISK_GIB
     detail = f"{free:.0f} GiB free" + (
         "" if enough else f", {NEEDED_DISK_GIB} needed; free some or use another lake=DIR"

@@ -104,6 +104,14 @@ def patient(action: Callable[P, R]) -> Callable[P, R]:
     return tried
 
 
+def free_space(folder: str | Path) -> tuple[Path, int]:
+    """The folder, or what of its path is there, and how many bytes its disk has free."""
+    place = Path(folder).resolve()
+    while not place.exists():
+        place = place.parent
+    return place, shutil.disk_usage(place).free
+
+
 def check_space(folder: str | Path, num_bytes: int, what: str) -> None:
     """Refuses work whose files the disk has no room for.
 
@@ -115,10 +123,7 @@ def check_space(folder: str | Path, num_bytes: int, what: str) -> None:
     Raises:
         LakeError: less is free.
     """
-    place = Path(folder).resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    place, free = free_space(folder)
     if num_bytes > free:
         raise LakeError(
             f"{what} take about {num_bytes / 1e6:,.0f} MB, {place} has {free / 1e6:,.0f} MB free; make room and give "

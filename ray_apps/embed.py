@@ -183,8 +183,8 @@ def _check_space(parts: Sequence[Part]) -> None:
         LakeError: it has less.
     """
     here = [part for part in parts if part.is_complete]
-    left = sum(len(part.hashes) for part in parts) - sum(len(part.hashes) for part in here)
     size, rows = sum(file_bytes(part.path) for part in here), sum(len(part.hashes) for part in here)
+    left = sum(len(part.hashes) for part in parts) - rows
     if left:
         check_space(Path(here[0].path).parent, left * size // max(1, rows), f"vectors of {left:,} more texts")
 
@@ -243,14 +243,11 @@ def parity(model_folder: str, store: VectorStore, catalog: pa.Table, *, batch_to
 
 def _encode_here(blocks: Sequence[pa.Table], encoder: _PartEncoder) -> Iterator[int]:
     """Rows of each block, encoded in this process, whose number of threads stays."""
-    import torch
+    from embeddings.lanes import torch_threads
 
-    before = torch.get_num_threads()
-    try:
+    with torch_threads(encoder.threads):
         for block in blocks:
             yield encoder(block)["num_rows"][0].as_py()
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Job(NamedTuple):
@@ -268,7 +265,7 @@ class _PartEncoder:
     """Holds one encoder in one process and writes the files of its parts."""
 
     def __init__(self, parts: Sequence[_Job], threads: int, use_gpu: bool, tokens: int) -> None:
-        self._parts, self._threads, self._tokens = parts, threads, tokens
+        self._parts, self.threads, self._tokens = parts, threads, tokens
         self._device = "cuda" if use_gpu else "cpu"
         self._loaded: tuple[str, Any, Any] | None = None
 
@@ -278,7 +275,7 @@ class _PartEncoder:
         from embeddings.backbone import has_fast_bf16
         from embeddings.encoder import encode
 
-        torch.set_num_threads(self._threads)
+        torch.set_num_threads(self.threads)
         part = self._parts[block["part"][0].as_py()]
         if block.num_rows != part.num_rows:
             raise ValueError(f"{part.path}: expected {part.num_rows} texts in one block, got {block.num_rows}")

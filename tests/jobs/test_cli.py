@@ -84,7 +84,7 @@ def test_help_imports_no_engine():
 
 def test_doctor_reports_every_check_and_says_no_when_one_fails(capsys, tmp_path, monkeypatch):
     free = {"bytes": 100 * 2**30}
-    monkeypatch.setattr("jobs.doctor.shutil.disk_usage", lambda place: SimpleNamespace(free=free["bytes"]))
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=free["bytes"]))
     assert cli.main(["doctor", f"lake={tmp_path}/lake", "--json"]) == job.DONE
     findings = {item["check"]: item["state"] for item in json.loads(capsys.readouterr().out)}
     assert {"java", "delta jars", "lake", "disk", "memory", "cores", "ray", "pyspark"} <= set(findings)

@@ -17,6 +17,7 @@ from ray_apps.embed import embed, plan_products, plan_queries
 from tests.tiny_models import tiny_bert_folder
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
+HERE = {"num_workers": 1, "threads_per_worker": 1, "use_gpu": False, "batch_tokens": 1024, "own_texts": 100}
 NAMES = ["lamp", "hose", "shoe", "drill", "sofa", "kettle", "paint"]
 CATALOG = pa.table(
     {
@@ -40,7 +41,7 @@ def test_encodes_with_the_models_own_texts_and_never_twice(tmp_path, own_texts, 
     save_encoder(model, folder, {"text": recipe, "stage": 1, "fingerprint": "x"})
     store = VectorStore(tmp_path / "vectors")
     monkeypatch.setattr(app, "FILE_ROWS", 3)
-    where = {"num_workers": 1, "threads_per_worker": 1, "use_gpu": False, "batch_tokens": 1024, "own_texts": own_texts}
+    where = HERE | {"own_texts": own_texts}
 
     def run(catalog):
         parts = [
@@ -84,13 +85,12 @@ def test_a_disk_without_room_for_the_rest_ends_it_after_the_first_file(tmp_path,
     save_encoder(model, folder, {"text": TextRecipe(), "stage": 1, "fingerprint": "x"})
     monkeypatch.setattr(app, "FILE_ROWS", 3)
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=100))
-    where = {"num_workers": 1, "threads_per_worker": 1, "use_gpu": False, "batch_tokens": 1024, "own_texts": 100}
     parts = plan_products(folder, CATALOG, store, "float16", 1)
     with pytest.raises(LakeError, match=r"vectors of 5 more texts take about 0 MB, .* has 0 MB free; make room"):
-        embed(parts, **where, run_folder=str(tmp_path / "run"))
+        embed(parts, **HERE, run_folder=str(tmp_path / "run"))
     assert [part.is_complete for part in parts] == [True, False, False]
     monkeypatch.undo()
-    assert embed(parts, **where, run_folder=str(tmp_path / "run")) == 5
+    assert embed(parts, **HERE, run_folder=str(tmp_path / "run")) == 5
 
 
 def test_products_may_be_computed_in_int8_by_one_graph_for_all_nights(tmp_path):
@@ -100,10 +100,9 @@ def test_products_may_be_computed_in_int8_by_one_graph_for_all_nights(tmp_path):
     folder, recipe = str(tmp_path / "model"), TextRecipe(clauses=("{title}",))
     save_encoder(model, folder, {"text": recipe, "stage": 1, "fingerprint": "x"})
     store = VectorStore(tmp_path / "vectors")
-    where = {"num_workers": 1, "threads_per_worker": 1, "use_gpu": False, "batch_tokens": 1024, "own_texts": 100}
     for products in (CATALOG.slice(0, 5), CATALOG):
         parts = plan_products(folder, products, store, "float16", 1, in_int8=True)
-        embed(parts, **where, run_folder=str(tmp_path / "run"))
+        embed(parts, **HERE, run_folder=str(tmp_path / "run"))
     assert len(list(store.folder.glob("int8/*/*.xml"))) == 1
     vectors = store.vectors(CATALOG["product_hash"]).take(np.arange(7))
     exact = encode(load_encoder(folder)[0], NAMES, "document")
