@@ -50,6 +50,13 @@ def small_loop(lake_root, model):
     ]
 
 
+def pytest_collection_modifyitems(items):
+    """Whoever comes first waits for the whole loop: nineteen jobs, ten minutes on two busy cores."""
+    for item in items:
+        if "finished" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(1200))
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, spark, ray_cluster):
     """A lake in which the loop has run once: (lake, words of the loop, its JSON)."""

@@ -307,7 +307,9 @@ def test_the_plan_counts_what_is_left_to_do(chain):
     index = IndexRecipe(kind="hnsw")
     indexed = mine_hard_pairs.plan(dataclasses.replace(config, recipe=mine_hard_pairs.HardPairRecipe(index=index)))
     assert indexed.actors == SEARCH.num_search_actors
-    assert indexed.actor_bytes > planned.actor_bytes
+    assert indexed.actor_bytes > index.num_bytes(29, 64)
+    # FAISS takes less than torch
+    assert indexed.actor_bytes < planned.actor_bytes + index.num_bytes(29, 64)
     assert indexed.node_bytes == indexed.actors * indexed.actor_bytes
     assert indexed.disk_bytes > planned.disk_bytes + index.num_bytes(29, 64)
 
