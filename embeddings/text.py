@@ -18,7 +18,7 @@ _DOTTED_I = str.maketrans("I\u0130", "\u0131i")
 _INSIDE_WORDS = re.compile(r"['\u2019]|(?<=[0-9]),(?=[0-9]{3})")
 _NO_MEANING = re.compile(r"""(?<![0-9])[./'"\u2019]|[./](?![0-9])""")
 _KEPT_SIGNS = frozenset("%+#&$°./'\"\u2019")
-_FIELDS = ("title", "brand", "category", "description")
+FIELDS = ("title", "brand", "category", "description")
 
 
 @settings
@@ -41,8 +41,8 @@ class TextRecipe:
         if not self.clauses:
             raise ValueError("at least one clause is needed, for example '{title}'")
         for clause in self.clauses:
-            if unknown := clause_fields(clause) - set(_FIELDS):
-                raise ValueError(f"clause {clause!r} names {sorted(unknown)}; use {', '.join(_FIELDS)}")
+            if unknown := clause_fields(clause) - set(FIELDS):
+                raise ValueError(f"clause {clause!r} names {sorted(unknown)}; use {', '.join(FIELDS)}")
 
 
 def clause_fields(clause: str) -> set[str]:

@@ -220,6 +220,9 @@ class VectorStore:
                 f"{self.folder}: {found.null_count} of {len(hashes)} products have no vectors; run embed_catalog"
             )
         entry_P = found.to_numpy(zero_copy_only=False) if isinstance(found, pa.Array) else found.to_numpy()
+        del stored, found
+        # Arrow keeps what it used for hashes and their table: 1 GB for 10 million products
+        pa.default_memory_pool().release_unused()
         used, file_P = np.unique(file_S[entry_P], return_inverse=True)
         paths = self.paths()
         return CatalogVectors(

@@ -7,6 +7,7 @@ import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from conf.load import ConfigError, meaning, settings
+from embeddings.text import FIELDS
 from embeddings.vectors import CatalogVectors, VectorStore, VectorType, texts_print
 from jobs import job
 from lake import tables
@@ -100,11 +102,19 @@ class Config:
 
 @dataclass(frozen=True)
 class Catalog:
-    """The products of one data set in id order, with the fingerprint of their texts."""
+    """The products of one data set.
+
+    Attributes:
+        dataset: its name.
+        products: in id order: product_id, product_hash and the columns asked for.
+        print: fingerprint of their texts.
+        version: of the table that they were read from.
+    """
 
     dataset: str
     products: pa.Table
     print: str
+    version: int
 
     def store(self, lake: Lake, model: str, recipe: EmbedRecipe) -> VectorStore:
         """Where vectors of an encoder are kept, by its fingerprint."""
@@ -119,11 +129,34 @@ class Catalog:
         """
         return self.store(lake, model, recipe).vectors(self.products["product_hash"])
 
+    def texts(self, lake: Lake, hashes: pa.Array) -> pa.Table:
+        """product_hash and the fields that encoders read of these texts, in their order.
 
-def read_catalogs(lake: Lake, version: int, datasets: Sequence[str] = ()) -> list[Catalog]:
-    """The catalogues of the lake, or of some data sets, by name."""
+        Raises:
+            ValueError: the catalogue has not all of them.
+        """
+        wanted = hashes.cast(pa.string())
+        where = (pc.field("dataset") == self.dataset) & pc.field("product_hash").isin(wanted)
+        columns = ["product_hash", *FIELDS]
+        found = tables.rows(lake, CATALOG_PRODUCT, version=self.version, columns=columns, where=where)
+        row_N = pc.index_in(wanted, value_set=found["product_hash"].combine_chunks())
+        if row_N.null_count:
+            raise ValueError(f"{row_N.null_count} of {len(row_N)} texts are not in catalog_product@{self.version}")
+        return found.take(row_N)
+
+
+def read_catalogs(lake: Lake, version: int, datasets: Sequence[str] = (), columns: Sequence[str] = ()) -> list[Catalog]:
+    """The catalogues of the lake, or of some data sets, by name.
+
+    Args:
+        lake: where they are.
+        version: of catalog_product.
+        datasets: wanted; empty takes all.
+        columns: to be held beside ids and hashes; texts of millions of products fill a driver's memory.
+    """
     where = [("dataset", "in", list(datasets))] if datasets else None
-    products = tables.rows(lake, CATALOG_PRODUCT, version=version, where=where).sort_by(
+    names = ["dataset", "product_id", "product_hash", *columns]
+    products = tables.rows(lake, CATALOG_PRODUCT, version=version, columns=names, where=where).sort_by(
         [("dataset", "ascending"), ("product_id", "ascending")]
     )
     catalogs, start = [], 0
@@ -131,7 +164,8 @@ def read_catalogs(lake: Lake, version: int, datasets: Sequence[str] = ()) -> lis
     for counted in pc.value_counts(products["dataset"]).to_pylist():
         own = products.slice(start, counted["counts"])
         start += len(own)
-        catalogs.append(Catalog(counted["values"], own, texts_print(own["product_id"], own["product_hash"])))
+        catalog_print = texts_print(own["product_id"], own["product_hash"])
+        catalogs.append(Catalog(counted["values"], own, catalog_print, version))
     return catalogs
 
 
@@ -177,7 +211,8 @@ def embed(
             store = catalog.store(current.lake, model, recipe)
             parts += app.plan_products(
                 folder,
-                catalog.products,
+                catalog.products["product_hash"],
+                partial(catalog.texts, current.lake),
                 store,
                 recipe.kind,
                 placement.num_workers,
@@ -298,7 +333,8 @@ def _parity(current: Run, catalogs: Sequence[Catalog], folder: str, config: Conf
     found: dict[str, float] = {}
     for catalog in catalogs:
         store = catalog.store(current.lake, current.inputs["model"], config.recipe)
-        report = app.parity(folder, store, catalog.products, batch_tokens=config.placement.batch_tokens)
+        sample = catalog.texts(current.lake, app.compared(catalog.products["product_hash"]))
+        report = app.parity(folder, store, sample, batch_tokens=config.placement.batch_tokens)
         found |= {
             f"parity/{catalog.dataset}/{name}": float(value)
             for name, value in dataclasses.asdict(report).items()

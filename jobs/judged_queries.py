@@ -40,7 +40,8 @@ class Judged:
 
 def read_judged(lake: Lake, versions: Mapping[str, int], split: str) -> list[Judged]:
     """Judged queries by data set, in the order of their ids."""
-    catalogs = {catalog.dataset: catalog for catalog in read_catalogs(lake, versions["catalog_product"])}
+    read = read_catalogs(lake, versions["catalog_product"], columns=["title"])
+    catalogs = {catalog.dataset: catalog for catalog in read}
     known = {name: set(catalog.products["product_id"].to_pylist()) for name, catalog in catalogs.items()}
     grades: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
     names = ["dataset", "query_id", "product_id", "grade"]

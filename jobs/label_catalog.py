@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from conf.load import fingerprint, meaning, settings
 from embeddings.candidates import CandidateRecipe, Pairs, RelevancePrior, WordMatcher, fit_prior, nearest, union
 from embeddings.labeller import load_labeller_card
-from embeddings.text import TextRecipe, product_text
+from embeddings.text import FIELDS, TextRecipe, product_text
 from jobs import cost, job, labelling, models
 from jobs.catalog_report import catalog_page
 from jobs.cost import CostPlan
@@ -174,7 +174,7 @@ def prepare(current: Run, texts: labelling.PairTexts, config: Config) -> Night:
 
 def find_candidates(current: Run, config: Config) -> tuple[pa.Table, dict[str, int]]:
     """Rows of catalog_candidate: kept ones, and new ones of products and queries that are new or changed."""
-    catalogs = read_catalogs(current.lake, int(current.inputs["catalog_product"]))
+    catalogs = read_catalogs(current.lake, int(current.inputs["catalog_product"]), columns=FIELDS)
     queries = labelling.read(current, QUERY, ["dataset", "query_id", "text", "query_hash"])
     queries = queries.sort_by([("dataset", "ascending"), ("query_id", "ascending")])
     of_dataset = {
@@ -233,7 +233,7 @@ class _DatasetCandidates:
     ) -> None:
         self.current, self.catalog, self.queries, self.recipe = current, catalog, queries, recipe
         self.vectors, self.query_QD = embedded
-        fields = [catalog.products[name].to_pylist() for name in ("title", "brand", "category", "description")]
+        fields = [catalog.products[name].to_pylist() for name in FIELDS]
         what = TextRecipe()
         texts = [
             product_text(title, brand, category, description, what)

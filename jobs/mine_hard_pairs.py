@@ -81,7 +81,7 @@ def run(config: Config) -> RunRecord:
     folder = encoder_folder(Lake(config.lake), config.inputs.model, "inputs.model")
     current = job.begin(config, "mine_hard_pairs")
     model, recipe = current.inputs["model"], config.recipe
-    instances, catalogs = _work(current)
+    instances, catalogs = _work(current, recipe.mining)
     texts = {dataset: [row["query"] for row in rows] for dataset, rows in instances.items()}
     embedded = embed(current, catalogs, {model: folder}, texts, recipe.embedding, config.placement.embed)
     searches = [
@@ -110,7 +110,7 @@ def run(config: Config) -> RunRecord:
     return current.finish(rows=len(data), outputs={"mined_pair": version}, counts=counts, metrics=metrics)
 
 
-def _work(current: Run) -> tuple[dict[str, list[dict[str, Any]]], list[Catalog]]:
+def _work(current: Run, mining: MiningRecipe) -> tuple[dict[str, list[dict[str, Any]]], list[Catalog]]:
     """Stage 1 instances by data set, and the catalogues of those."""
     instances: dict[str, list[dict[str, Any]]] = {}
     for row in labelling.train_instances(current, stage=1):
@@ -119,7 +119,8 @@ def _work(current: Run) -> tuple[dict[str, list[dict[str, Any]]], list[Catalog]]
         raise LakeError(
             f"training_instance: lake={current.lake.root} has no stage 1 instances; run build_instances first"
         )
-    return instances, read_catalogs(current.lake, int(current.inputs["catalog_product"]), sorted(instances))
+    columns = ["category"] if mining.category_levels else []
+    return instances, read_catalogs(current.lake, int(current.inputs["catalog_product"]), sorted(instances), columns)
 
 
 def _searched(catalog: Catalog, vectors: CatalogVectors, instances: Rows, scope: str) -> NDArray[np.bool_]:
@@ -251,8 +252,8 @@ def plan(config: Config) -> MiningPlan:
     """What `run` would take now, by a sample that is encoded and searched here; writes nothing."""
     folder = encoder_folder(Lake(config.lake), config.inputs.model, "inputs.model")
     current = job.pin(config, "mine_hard_pairs")
-    instances, catalogs = _work(current)
     recipe, work = config.recipe, []
+    instances, catalogs = _work(current, recipe.mining)
     for catalog in catalogs:
         own = instances[catalog.dataset]
         texts = catalog.products["product_hash"].take(pa.array(_in_scope(catalog, own, recipe.scope)))

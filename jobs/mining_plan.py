@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from embeddings.index_recipe import IndexRecipe
 from jobs.embed_catalog import Catalog, EmbedRecipe, SearchPlacement
@@ -108,7 +109,11 @@ def plan_mining(
     missing = [store.missing(one.catalog.products["product_hash"]) for store, one in zip(stores, work, strict=True)]
     queries, products = sum(one.queries for one in work), sum(one.products for one in work)
     scores = sum(one.queries * one.products for one in work)
-    titles = [title for one in work for title in one.catalog.products["title"].slice(0, _TIMED_TEXTS).to_pylist()]
+    samples = [
+        one.catalog.texts(current.lake, pc.unique(one.catalog.products["product_hash"].slice(0, _TIMED_TEXTS)))
+        for one in work
+    ]
+    titles = [title for sample in samples for title in sample["title"].to_pylist()]
     encode(encoder, titles[:16], "document")
     started = time.monotonic()
     encode(encoder, titles[:_TIMED_TEXTS], "document")

@@ -78,7 +78,8 @@ def search(config: Config) -> list[dict[str, Any]]:
     query_D = encode(model, [text], "query")[0]
     print_ = job.content_hash(folder)
     hits: list[dict[str, Any]] = []
-    catalogs = read_catalogs(lake, version, [config.recipe.dataset] if config.recipe.dataset else ())
+    datasets = [config.recipe.dataset] if config.recipe.dataset else ()
+    catalogs = read_catalogs(lake, version, datasets, ("title", "brand"))
     if not catalogs:
         raise ConfigError(f"recipe.dataset={config.recipe.dataset!r}: lake={lake.root} has no products of it")
     for catalog in catalogs:

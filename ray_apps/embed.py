@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from embeddings.text import TextRecipe, normalise_query, product_text
+from embeddings.text import FIELDS, TextRecipe, normalise_query, product_text
 from embeddings.vectors import (
     FILE_ROWS,
     QUERIES,
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FIELDS = ("title", "brand", "category", "description")
 _CALIBRATING_TEXTS, _COMPARED_PRODUCTS = 300, 2_000
 _LEAST_ROWS = 1_000
 """Texts for which another worker is worth its start."""
@@ -76,27 +75,37 @@ class Part:
 
 
 def plan_products(
-    model: str, catalog: pa.Table, store: VectorStore, kind: VectorType, num_workers: int, *, in_int8: bool = False
+    model: str,
+    hashes: pa.ChunkedArray,
+    texts_of: Callable[[pa.Array], pa.Table],
+    store: VectorStore,
+    kind: VectorType,
+    num_workers: int,
+    *,
+    in_int8: bool = False,
 ) -> list[Part]:
     """Parts for the products whose texts the store lacks, each text once.
 
     Args:
         model: folder of the encoder.
-        catalog: products with product_hash, in an order that does not change from run to run.
+        hashes: of the texts of a catalogue's products, in an order that does not change from run to run.
+        texts_of: hashes that have no vector -> their `FIELDS`, row by row.
         store: the encoder's vectors of that data set.
         kind: of number that is stored.
         num_workers: there are as many parts at least, where there are texts enough for them.
         in_int8: they are computed in int8, on processors.
     """
     quantised = str(store.folder / "int8") if in_int8 else ""
-    missing = store.missing(catalog["product_hash"])
-    first = pc.index_in(missing, value_set=catalog["product_hash"].cast(missing.type).combine_chunks())
+    missing = store.missing(hashes)
+    if not missing:
+        return []
+    texts = texts_of(missing).select(FIELDS)
     count = max(1, -(-len(missing) // FILE_ROWS), min(num_workers, len(missing) // _LEAST_ROWS))
     parts = []
-    for number in range(count if missing else 0):
+    for number in range(count):
         cut = slice(len(missing) * number // count, len(missing) * (number + 1) // count)
         own = missing[cut]
-        fields = catalog.select(FIELDS).take(first[cut])
+        fields = texts.slice(cut.start, len(own))
         parts.append(Part(model, "document", store.path_of(own), kind, own.cast(pa.string()), fields, quantised))
     return parts
 
@@ -217,23 +226,27 @@ def _int8_file(part: Part, missing: Sequence[Part]) -> str:
     return str(found[0])
 
 
-def parity(model_folder: str, store: VectorStore, catalog: pa.Table, *, batch_tokens: int) -> ParityReport:
+def compared(hashes: pa.ChunkedArray) -> pa.Array:
+    """Of a catalogue's hashes those on whose texts `parity` compares: 2,000 at most, evenly spread, each once."""
+    rows = np.unique(np.linspace(0, len(hashes) - 1, _COMPARED_PRODUCTS).astype(np.int64))
+    return pc.unique(hashes.take(pa.array(rows)))
+
+
+def parity(model_folder: str, store: VectorStore, sample: pa.Table, *, batch_tokens: int) -> ParityReport:
     """How near stored vectors are to those of the encoder in float32, on a sample of the catalogue.
 
     Titles stand for queries, which are the encoder's own on both sides.
 
     Args:
         model_folder: of the encoder.
-        store: its vectors, of all products.
-        catalog: the products.
+        store: its vectors, of the sample at least.
+        sample: product_hash and `FIELDS` of products.
         batch_tokens: padded tokens of a forward pass.
     """
     from embeddings.encoder import encode, load_encoder
     from embeddings.parity import compare_vectors
 
     model, recipe = load_encoder(model_folder)
-    rows = np.unique(np.linspace(0, len(catalog) - 1, _COMPARED_PRODUCTS).astype(np.int64))
-    sample = catalog.take(rows)
     exact_PD = encode(model, _texts(sample, "document", recipe), "document", batch_tokens=batch_tokens)
     titles = [normalise_query(title) for title in sample["title"].to_pylist()[:: _COMPARED_PRODUCTS // 100]]
     query_QD = encode(model, titles, "query", batch_tokens=batch_tokens)

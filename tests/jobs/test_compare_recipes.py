@@ -136,7 +136,7 @@ def test_every_stage_gets_its_share_of_the_budget_and_the_trials_rate(lake):
 def test_rows_are_means_over_seeds_with_what_the_reference_gains(lake):
     query = JudgedQuery("q1", "red shoe", {"a": 2, "b": 1, "c": 0})
     products = pa.table({"product_id": ["a", "b", "c"], "title": ["red shoe", "blue shoe", "lamp"]})
-    own = Judged(Catalog("s", 0, products), [query], [])
+    own = Judged(Catalog("s", products, "", 0), [query], [])
 
     def encoder(ranking, scores):
         titles = dict(zip(*products.to_pydict().values(), strict=True))

@@ -268,9 +268,23 @@ def test_mined_pairs_are_ungraded_unique_and_in_their_band(chain):
     assert {row["query_id"] for row in rows} <= train
 
 
+def test_a_catalogue_is_ids_and_hashes_and_gives_texts_when_asked(chain):
+    lake, _ = chain
+    version = tables.version(lake, CATALOG_PRODUCT)
+    (catalog,) = embed_catalog.read_catalogs(lake, version)
+    assert catalog.products.column_names == ["dataset", "product_id", "product_hash"]
+    rows = {row["product_hash"]: row for row in tables.rows(lake, CATALOG_PRODUCT).to_pylist()}
+    asked = list(reversed(rows))[:5]
+    found = catalog.texts(lake, pa.array(asked, pa.large_string())).to_pylist()
+    names = ("product_hash", "title", "brand", "category", "description")
+    assert found == [{name: rows[each][name] for name in names} for each in asked]
+    with pytest.raises(ValueError, match="1 of 2 texts are not in catalog_product@"):
+        catalog.texts(lake, pa.array([asked[0], "none"]))
+
+
 def test_products_share_a_category_by_its_first_levels_and_none_without_one():
     paths = ["Home > Lamp > Desk", "Home > Lamp", "Home > Sofa", None, "", "Home > Lamp > Wall"]
-    catalog = embed_catalog.Catalog("market", pa.table({"category": pa.chunked_array([paths[:2], paths[2:]])}), "")
+    catalog = embed_catalog.Catalog("market", pa.table({"category": pa.chunked_array([paths[:2], paths[2:]])}), "", 0)
     two = mine_hard_pairs._categories(catalog, 2).tolist()
     assert two[0] == two[1] == two[5]
     assert len(set(two)) == 4

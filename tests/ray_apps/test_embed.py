@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import ray
 import torch
@@ -31,6 +32,12 @@ CATALOG = pa.table(
 )
 
 
+def products_of(catalog):
+    """Hashes of a catalogue, and the function that gives texts by them."""
+    hashes = catalog["product_hash"].combine_chunks()
+    return catalog["product_hash"], lambda asked: catalog.take(pc.index_in(asked.cast(pa.string()), value_set=hashes))
+
+
 @pytest.mark.parametrize("own_texts", [0, 100], ids=["by an actor", "in this process"])
 def test_encodes_with_the_models_own_texts_and_never_twice(tmp_path, own_texts, monkeypatch):
     if own_texts:
@@ -45,7 +52,7 @@ def test_encodes_with_the_models_own_texts_and_never_twice(tmp_path, own_texts, 
 
     def run(catalog):
         parts = [
-            *plan_products(folder, catalog, store, "float16", 1),
+            *plan_products(folder, *products_of(catalog), store, "float16", 1),
             plan_queries(folder, ["  Red LAMP ", "hose"], tmp_path / "vectors"),
         ]
         return parts, embed(parts, **where, run_folder=str(tmp_path / "run"))
@@ -85,7 +92,7 @@ def test_a_disk_without_room_for_the_rest_ends_it_after_the_first_file(tmp_path,
     save_encoder(model, folder, {"text": TextRecipe(), "stage": 1, "fingerprint": "x"})
     monkeypatch.setattr(app, "FILE_ROWS", 3)
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=100))
-    parts = plan_products(folder, CATALOG, store, "float16", 1)
+    parts = plan_products(folder, *products_of(CATALOG), store, "float16", 1)
     with pytest.raises(LakeError, match=r"vectors of 5 more texts take about 0 MB, .* has 0 MB free; make room"):
         embed(parts, **HERE, run_folder=str(tmp_path / "run"))
     assert [part.is_complete for part in parts] == [True, False, False]
@@ -101,7 +108,7 @@ def test_products_may_be_computed_in_int8_by_one_graph_for_all_nights(tmp_path):
     save_encoder(model, folder, {"text": recipe, "stage": 1, "fingerprint": "x"})
     store = VectorStore(tmp_path / "vectors")
     for products in (CATALOG.slice(0, 5), CATALOG):
-        parts = plan_products(folder, products, store, "float16", 1, in_int8=True)
+        parts = plan_products(folder, *products_of(products), store, "float16", 1, in_int8=True)
         embed(parts, **HERE, run_folder=str(tmp_path / "run"))
     assert len(list(store.folder.glob("int8/*/*.xml"))) == 1
     vectors = store.vectors(CATALOG["product_hash"]).take(np.arange(7))
