@@ -130,15 +130,17 @@ class Catalog:
         return self.store(lake, model, recipe).vectors(self.products["product_hash"])
 
     def texts(self, lake: Lake, hashes: pa.Array) -> pa.Table:
-        """product_hash and the fields that encoders read of these texts, in their order.
+        """product_hash and the fields that encoders read of these texts, in their order, as large_string.
 
         Raises:
             ValueError: the catalogue has not all of them.
         """
-        wanted = hashes.cast(pa.string())
-        where = (pc.field("dataset") == self.dataset) & pc.field("product_hash").isin(wanted)
-        columns = ["product_hash", *FIELDS]
+        # Arrow takes no row of a string column of 2 GiB and more, which descriptions of millions of products are
+        wanted, columns = hashes.cast(pa.large_string()), ["product_hash", *FIELDS]
+        is_wanted = pc.field("product_hash").cast(pa.large_string()).isin(wanted)
+        where = (pc.field("dataset") == self.dataset) & is_wanted
         found = tables.rows(lake, CATALOG_PRODUCT, version=self.version, columns=columns, where=where)
+        found = found.cast(pa.schema([(name, pa.large_string()) for name in columns]))
         row_N = pc.index_in(wanted, value_set=found["product_hash"].combine_chunks())
         if row_N.null_count:
             raise ValueError(f"{row_N.null_count} of {len(row_N)} texts are not in catalog_product@{self.version}")

@@ -99,13 +99,13 @@ def plan_products(
     missing = store.missing(hashes)
     if not missing:
         return []
-    texts = texts_of(missing).select(FIELDS)
+    texts, kinds = texts_of(missing).select(FIELDS), pa.schema([(name, pa.string()) for name in FIELDS])
     count = max(1, -(-len(missing) // FILE_ROWS), min(num_workers, len(missing) // _LEAST_ROWS))
     parts = []
     for number in range(count):
         cut = slice(len(missing) * number // count, len(missing) * (number + 1) // count)
         own = missing[cut]
-        fields = texts.slice(cut.start, len(own))
+        fields = texts.slice(cut.start, len(own)).cast(kinds)
         parts.append(Part(model, "document", store.path_of(own), kind, own.cast(pa.string()), fields, quantised))
     return parts
 
@@ -220,7 +220,9 @@ def _int8_file(part: Part, missing: Sequence[Part]) -> str:
 
         model, recipe = load_encoder(part.model)
         fields = pa.concat_tables(other.fields for other in missing if other.quantised == part.quantised)
-        sample = fields.take(np.unique(np.linspace(0, len(fields) - 1, _CALIBRATING_TEXTS).astype(np.int64)))
+        rows = np.unique(np.linspace(0, len(fields) - 1, _CALIBRATING_TEXTS).astype(np.int64))
+        # not taken at once, which a column of 2 GiB and more refuses
+        sample = pa.concat_tables(fields.slice(row, 1) for row in rows.tolist())
         texts = _texts(sample, part.side, recipe)
         found = [build_quantised(model, part.model, part.side, cache=part.quantised, calibration=texts)]
     return str(found[0])

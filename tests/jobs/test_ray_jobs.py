@@ -275,9 +275,10 @@ def test_a_catalogue_is_ids_and_hashes_and_gives_texts_when_asked(chain):
     assert catalog.products.column_names == ["dataset", "product_id", "product_hash"]
     rows = {row["product_hash"]: row for row in tables.rows(lake, CATALOG_PRODUCT).to_pylist()}
     asked = list(reversed(rows))[:5]
-    found = catalog.texts(lake, pa.array(asked, pa.large_string())).to_pylist()
+    found = catalog.texts(lake, pa.array(asked, pa.large_string()))
     names = ("product_hash", "title", "brand", "category", "description")
-    assert found == [{name: rows[each][name] for name in names} for each in asked]
+    assert found.to_pylist() == [{name: rows[each][name] for name in names} for each in asked]
+    assert {field.type for field in found.schema} == {pa.large_string()}
     with pytest.raises(ValueError, match="1 of 2 texts are not in catalog_product@"):
         catalog.texts(lake, pa.array([asked[0], "none"]))
 
