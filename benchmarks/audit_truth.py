@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from benchmarks import annotators
 from embeddings.encoder import EncoderRecipe, build_pretrained, encode
 from embeddings.marketplace_recipe import MarketplaceRecipe
-from embeddings.text import TextRecipe, product_text
+from embeddings.text import TextRecipe, product_texts
 from jobs import build_audit, build_consensus, build_engagement, ingest, ingest_events, simulate
 from lake import tables
 from lake.schemas import (
@@ -90,13 +90,12 @@ def out_of_fold(lake: Lake) -> pa.Table:
 
     judged = tables.rows(lake, ANNOTATION_CONSENSUS, columns=["dataset", *KEY, "grade"])
     queries = tables.rows(lake, QUERY, columns=["query_id", "text"]).to_pylist()
-    products = tables.rows(lake, CATALOG_PRODUCT).to_pylist()
+    products = tables.rows(lake, CATALOG_PRODUCT)
     encoder, text = build_pretrained(EncoderRecipe()), TextRecipe()
     query_QD = encode(encoder, [row["text"] for row in queries], "query")
-    fields = ("title", "brand", "category", "description")
-    product_ND = encode(encoder, [product_text(*map(row.get, fields), text) for row in products], "document")
+    product_ND = encode(encoder, product_texts(products, text), "document")
     row_of = {row["query_id"]: place for place, row in enumerate(queries)}
-    place_of = {row["product_id"]: place for place, row in enumerate(products)}
+    place_of = {product: place for place, product in enumerate(products["product_id"].to_pylist())}
     row_R = np.array([row_of[query] for query in judged["query_id"].to_pylist()])
     query_RD = query_QD[row_R]
     product_RD = product_ND[[place_of[product] for product in judged["product_id"].to_pylist()]]

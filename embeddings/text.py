@@ -6,9 +6,12 @@ import math
 import re
 import string
 import unicodedata
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from conf.load import meaning, settings
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 CATEGORY_SEPARATOR = " > "
 """Between the levels of a category path, from the widest to the narrowest."""
@@ -19,6 +22,7 @@ _INSIDE_WORDS = re.compile(r"['\u2019]|(?<=[0-9]),(?=[0-9]{3})")
 _NO_MEANING = re.compile(r"""(?<![0-9])[./'"\u2019]|[./](?![0-9])""")
 _KEPT_SIGNS = frozenset("%+#&$°./'\"\u2019")
 FIELDS = ("title", "brand", "category", "description")
+"""Columns of catalog_product that a sentence may name, in the order of the arguments of `product_text`."""
 
 
 @settings
@@ -67,6 +71,15 @@ def product_text(
     }
     kept = [clause for clause in recipe.clauses if all(values[name] for name in clause_fields(clause))]
     return recipe.joint.join(clause.format_map(values) for clause in kept)
+
+
+def product_texts(products: pa.Table, recipe: TextRecipe) -> list[str]:
+    """The sentence of every row of a table that has the columns `FIELDS`."""
+    columns = [products[name].to_pylist() for name in FIELDS]
+    return [
+        product_text(title, brand, category, description, recipe)
+        for title, brand, category, description in zip(*columns, strict=True)
+    ]
 
 
 def words(text: str) -> list[str]:

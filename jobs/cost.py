@@ -12,6 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from embeddings.labeller import load_pair_encoder
+from embeddings.sampling import evenly_spread
 from jobs import labelling
 from jobs.grading import STRONGER, GradingRecipe, expected_squared_error
 from lake import runs
@@ -110,8 +111,7 @@ def plan_cost(
     """
     if not len(waiting):
         return _plan(placement, 0, _Judge(0.0, 1.0, 0.0, ""))
-    rows = np.unique(np.linspace(0, len(waiting) - 1, min(SAMPLE_PAIRS, len(waiting))).astype(np.int64))
-    pairs = texts.take(waiting.take(pa.array(rows)))
+    pairs = texts.take(waiting.take(pa.array(evenly_spread(len(waiting), SAMPLE_PAIRS))))
     sample = _Sample(pairs, folders[0])
     first = _judge(current, "labeller", sample, len(waiting), placement)
     if not folders[1]:

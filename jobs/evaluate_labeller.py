@@ -31,7 +31,7 @@ from embeddings.labeller_evaluation import (
 from embeddings.labeller_report import SHOWN, Shifts, labeller_page
 from embeddings.metrics import Interval
 from embeddings.recipes import read_card
-from embeddings.text import normalise_query, product_text
+from embeddings.text import normalise_query, product_texts
 from jobs import job, labelling, models
 from lake import tables
 from lake.runs import Run, RunRecord
@@ -256,13 +256,8 @@ def _cosines(pairs: pa.Table, folder: str) -> NDArray[np.float64]:
     from embeddings.labeller_baseline import pair_cosines
 
     model, text = load_encoder(folder)
-    columns = (pairs[name].to_pylist() for name in ("title", "brand", "category", "description"))
-    products = [
-        product_text(title, brand, category, description, text)
-        for title, brand, category, description in zip(*columns, strict=True)
-    ]
     queries = [normalise_query(query) for query in pairs["query"].to_pylist()]
-    return pair_cosines(queries, products, model).astype(np.float64)
+    return pair_cosines(queries, product_texts(pairs, text), model).astype(np.float64)
 
 
 def _by_score(score_N: NDArray[np.float64], pairs: GradedPairs) -> Judged:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from conf.load import fingerprint, meaning, settings
 from embeddings.candidates import CandidateRecipe, Pairs, RelevancePrior, WordMatcher, fit_prior, nearest, union
 from embeddings.labeller import load_labeller_card
-from embeddings.text import FIELDS, TextRecipe, product_text
+from embeddings.text import FIELDS, TextRecipe, product_texts
 from jobs import cost, job, labelling, models
 from jobs.catalog_report import catalog_page
 from jobs.cost import CostPlan
@@ -233,13 +233,7 @@ class _DatasetCandidates:
     ) -> None:
         self.current, self.catalog, self.queries, self.recipe = current, catalog, queries, recipe
         self.vectors, self.query_QD = embedded
-        fields = [catalog.products[name].to_pylist() for name in FIELDS]
-        what = TextRecipe()
-        texts = [
-            product_text(title, brand, category, description, what)
-            for title, brand, category, description in zip(*fields, strict=True)
-        ]
-        self.words = WordMatcher(queries["text"].to_pylist(), texts)
+        self.words = WordMatcher(queries["text"].to_pylist(), product_texts(catalog.products, TextRecipe()))
         self.counts: dict[str, int] = {}
 
     def rows(self, kept: pa.Table, origin: str) -> pa.Table:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from conf.load import ConfigError
 from embeddings.calibration import probabilities_of
 from embeddings.labeller import load_labeller_card
-from embeddings.text import normal_form
+from embeddings.text import FIELDS, normal_form
 from jobs import job, models
 from lake import tables
 from lake.runs import Run
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 PAIR = ["dataset", "query_id", "product_id"]
 GRADED = ["grade", "at_least_1", "at_least_2"]
 """What people said of a pair."""
-TEXTS = ["title", "brand", "category", "description", "attributes"]
+TEXTS = [*FIELDS, "attributes"]
 
 
 def read(current: Run, spec: TableSpec, columns: list[str]) -> pa.Table:

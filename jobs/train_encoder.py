@@ -16,7 +16,7 @@ from embeddings.batches import UNGRADED, Instance
 from embeddings.lexical import CatalogText, sample_catalog
 from embeddings.mining import at_share
 from embeddings.recipes import CARD_FILE, EncoderRecipe, TrainRecipe, read_card
-from embeddings.text import TextRecipe, normalise_query, product_text
+from embeddings.text import FIELDS, TextRecipe, normalise_query, product_texts
 from jobs import job, labelling
 from lake import tables
 from lake.runs import Run, RunRecord
@@ -278,13 +278,13 @@ def _recipes(recipe: EncoderTrainingRecipe, start: str | None) -> tuple[EncoderR
 
 
 def _products(current: Run, recipe: TextRecipe) -> Products:
-    names = ["dataset", "product_id", "title", "brand", "category", "description"]
+    names = ["dataset", "product_id", *FIELDS]
     version = int(current.inputs["catalog_product"])
     rows = tables.rows(current.lake, CATALOG_PRODUCT, version=version, columns=names)
-    columns = [rows[name].to_pylist() for name in names]
+    keys = (rows[name].to_pylist() for name in ("dataset", "product_id", "title"))
     return {
-        (dataset, product_id): CatalogText(product_text(title, brand, category, description, recipe), title or "")
-        for dataset, product_id, title, brand, category, description in zip(*columns, strict=True)
+        (dataset, product_id): CatalogText(text, title or "")
+        for dataset, product_id, title, text in zip(*keys, product_texts(rows, recipe), strict=True)
     }
 
 

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from embeddings.text import FIELDS, TextRecipe, normalise_query, product_text
+from embeddings.sampling import evenly_spread
+from embeddings.text import FIELDS, TextRecipe, normalise_query, product_texts
 from embeddings.vectors import (
     FILE_ROWS,
     QUERIES,
@@ -200,13 +201,7 @@ def _check_space(parts: Sequence[Part]) -> None:
 
 def _texts(fields: pa.Table, side: Literal["query", "document"], recipe: TextRecipe) -> list[str]:
     """What the encoder reads of rows of `FIELDS`."""
-    columns = [fields[name].to_pylist() for name in FIELDS]
-    if side == "query":
-        return list(columns[0])
-    return [
-        product_text(title, brand, category, description, recipe)
-        for title, brand, category, description in zip(*columns, strict=True)
-    ]
+    return list(fields["title"].to_pylist()) if side == "query" else product_texts(fields, recipe)
 
 
 def _int8_file(part: Part, missing: Sequence[Part]) -> str:
@@ -220,9 +215,9 @@ def _int8_file(part: Part, missing: Sequence[Part]) -> str:
 
         model, recipe = load_encoder(part.model)
         fields = pa.concat_tables(other.fields for other in missing if other.quantised == part.quantised)
-        rows = np.unique(np.linspace(0, len(fields) - 1, _CALIBRATING_TEXTS).astype(np.int64))
+        rows = evenly_spread(len(fields), _CALIBRATING_TEXTS).tolist()
         # not taken at once, which a column of 2 GiB and more refuses
-        sample = pa.concat_tables(fields.slice(row, 1) for row in rows.tolist())
+        sample = pa.concat_tables(fields.slice(row, 1) for row in rows)
         texts = _texts(sample, part.side, recipe)
         found = [build_quantised(model, part.model, part.side, cache=part.quantised, calibration=texts)]
     return str(found[0])
@@ -230,8 +225,7 @@ def _int8_file(part: Part, missing: Sequence[Part]) -> str:
 
 def compared(hashes: pa.ChunkedArray) -> pa.Array:
     """Of a catalogue's hashes those on whose texts `parity` compares: 2,000 at most, evenly spread, each once."""
-    rows = np.unique(np.linspace(0, len(hashes) - 1, _COMPARED_PRODUCTS).astype(np.int64))
-    return pc.unique(hashes.take(pa.array(rows)))
+    return pc.unique(hashes.take(pa.array(evenly_spread(len(hashes), _COMPARED_PRODUCTS))))
 
 
 def parity(model_folder: str, store: VectorStore, sample: pa.Table, *, batch_tokens: int) -> ParityReport:
@@ -249,7 +243,7 @@ def parity(model_folder: str, store: VectorStore, sample: pa.Table, *, batch_tok
     from embeddings.parity import compare_vectors
 
     model, recipe = load_encoder(model_folder)
-    exact_PD = encode(model, _texts(sample, "document", recipe), "document", batch_tokens=batch_tokens)
+    exact_PD = encode(model, product_texts(sample, recipe), "document", batch_tokens=batch_tokens)
     titles = [normalise_query(title) for title in sample["title"].to_pylist()[:: _COMPARED_PRODUCTS // 100]]
     query_QD = encode(model, titles, "query", batch_tokens=batch_tokens)
     stored_PD = store.vectors(sample["product_hash"]).take(np.arange(len(sample)))

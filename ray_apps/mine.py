@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from ray.exceptions import ObjectLostError, RayActorError
 
 from embeddings.index_recipe import TRAINED, IndexRecipe, part_file
+from embeddings.sampling import evenly_spread
 from embeddings.topk import merge_topk
 from embeddings.vectors import CatalogVectors
 from lake.progress import write_progress
@@ -457,8 +458,7 @@ class SearchPool:
 
     def _probe(self, job: SearchJob, given: _Given) -> None:
         """Measures the recall of the index on queries spread over all."""
-        count = len(job.search.query_QD)
-        sample = np.unique(np.linspace(0, count - 1, min(_PROBED_QUERIES, count)).astype(np.int64))
+        sample = evenly_spread(len(job.search.query_QD), _PROBED_QUERIES)
         queries = ray.put(np.ascontiguousarray(job.search.query_QD[sample]))
         found = [
             self._members[part % len(self._members)].actor.nearest.remote(given.vectors, rows, queries, job.k)
