@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +30,11 @@ FILE_ROWS: Final = 20_000
 """Texts of a file at most: half a minute of encoding on two cores, which is what a killed run loses."""
 QUERIES: Final = "queries-"
 """What names of files with query vectors begin with; they are no part of the catalogue's."""
+_LEAST_HELD: Final = 1_000_000
+"""Hashes of stored vectors looked through at once, 200 MB with their table; of large catalogues an eighth."""
+_MOST_LOOKS: Final = 8
+_ROWS_AT_ONCE: Final = 1_000_000
+"""Rows of a catalogue whose places are compared at once."""
 _BLOCK_PAIRS: Final = 2048
 """Inner products computed at once: 6 MB of float64 at width 384, which a core's cache holds."""
 
@@ -118,7 +123,7 @@ class CatalogVectors:
 
     paths: tuple[str, ...]
     file_P: NDArray[np.int32]
-    place_P: NDArray[np.int64]
+    place_P: NDArray[np.int32]
 
     def __len__(self) -> int:
         return len(self.file_P)
@@ -139,12 +144,28 @@ class CatalogVectors:
 
     def in_file_order(self, row_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows as they lie on disk, so that reading them in turn reads files from front to back."""
-        file_N, place_N = self.file_P[row_N], self.place_P[row_N]
-        step_N, is_same_N = np.diff(file_N), np.diff(place_N) >= 0
-        if bool(((step_N > 0) | ((step_N == 0) & is_same_N)).all()):
+        if self._are_in_file_order(row_N):
             return row_N
-        ordered_N: NDArray[np.int64] = row_N[np.lexsort((place_N, file_N))]
+        ordered_N: NDArray[np.int64] = row_N[np.lexsort((self.place_P[row_N], self.file_P[row_N]))]
         return ordered_N
+
+    def _are_in_file_order(self, row_N: NDArray[np.int64]) -> bool:
+        for start in range(0, len(row_N), _ROWS_AT_ONCE):
+            # with the next block's first
+            block = row_N[start : start + _ROWS_AT_ONCE + 1]
+            step_N, place_N = np.diff(self.file_P[block]), self.place_P[block]
+            if not ((step_N > 0) | ((step_N == 0) & (place_N[1:] >= place_N[:-1]))).all():
+                return False
+        return True
+
+    def distinct(self, row_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Ascending rows without those that share the vector of an earlier one of them."""
+        first_F = np.cumsum([0, *map(self.rows_of, range(len(self.paths)))])
+        holder_S = np.full(first_F[-1], -1, dtype=np.int32)
+        # of what is written to one place the last stays: the first row
+        backwards = row_N[::-1]
+        holder_S[first_F[self.file_P[backwards]] + self.place_P[backwards]] = backwards
+        return np.sort(holder_S[holder_S >= 0]).astype(np.int64)
 
     def take(self, row_N: NDArray[np.int64]) -> NDArray[np.float32]:
         """Vectors [N, D], float32, of these rows in their order; only they are read."""
@@ -199,9 +220,8 @@ class VectorStore:
 
     def missing(self, hashes: pa.Array | pa.ChunkedArray) -> pa.Array:
         """Hashes that no file holds, each once, in their order."""
-        wanted = pc.unique(hashes.cast(pa.large_string()))
-        stored, _, _ = self._stored()
-        return wanted.filter(pc.invert(pc.is_in(wanted, value_set=stored)))
+        file_P, _ = self._find(hashes)
+        return pc.unique(hashes.filter(pa.array(file_P < 0)).cast(pa.large_string()))
 
     def path_of(self, hashes: pa.Array | Sequence[str]) -> str:
         """The file that would hold the vectors of these texts."""
@@ -213,36 +233,49 @@ class VectorStore:
         Raises:
             StoreError: some have no vector yet.
         """
-        stored, file_S, place_S = self._stored()
-        found = pc.index_in(hashes.cast(pa.large_string()), value_set=stored)
-        if found.null_count:
-            raise StoreError(
-                f"{self.folder}: {found.null_count} of {len(hashes)} products have no vectors; run embed_catalog"
-            )
-        entry_P = found.to_numpy(zero_copy_only=False) if isinstance(found, pa.Array) else found.to_numpy()
-        del stored, found
-        # Arrow keeps what it used for hashes and their table: 1 GB for 10 million products
-        pa.default_memory_pool().release_unused()
-        used, file_P = np.unique(file_S[entry_P], return_inverse=True)
+        file_P, place_P = self._find(hashes)
+        if lacking := int((file_P < 0).sum()):
+            raise StoreError(f"{self.folder}: {lacking} of {len(hashes)} products have no vectors; run embed_catalog")
         paths = self.paths()
-        return CatalogVectors(
-            tuple(paths[number] for number in used.tolist()),
-            file_P.astype(np.int32).reshape(-1),
-            place_S[entry_P],
-        )
+        used = np.flatnonzero(np.bincount(file_P, minlength=len(paths)))
+        number_F = np.zeros(len(paths), dtype=np.int32)
+        number_F[used] = np.arange(len(used))
+        return CatalogVectors(tuple(paths[number] for number in used.tolist()), number_F[file_P], place_P)
 
-    def _stored(self) -> tuple[pa.Array, NDArray[np.int32], NDArray[np.int64]]:
-        """Hashes of all stored vectors, with the number of their file and the place in it."""
-        tables = [pq.read_table(_sidecar(path), columns=["hash"]) for path in self.paths()]
-        # 64 bytes a hash: a plain string array ends at 33 million
-        hashes = [table["hash"].cast(pa.large_string()).combine_chunks() for table in tables]
-        sizes = [len(own) for own in hashes]
-        file_S = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-        place_S = np.concatenate([np.arange(size, dtype=np.int64) for size in sizes] or [np.zeros(0, dtype=np.int64)])
-        return pa.concat_arrays(hashes) if hashes else pa.array([], pa.large_string()), file_S, place_S
+    def _find(self, hashes: pa.Array | pa.ChunkedArray) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """The first file that holds each hash, -1 where none does, and the place in it.
+
+        Some files' hashes are held at once, since the hashes of millions of texts and their table are gigabytes.
+        """
+        file_P, place_P = np.full(len(hashes), -1, dtype=np.int32), np.zeros(len(hashes), dtype=np.int32)
+        for first, held in self._held(max(_LEAST_HELD, len(hashes) // _MOST_LOOKS)):
+            start_F = np.cumsum([0, *map(len, held)])
+            found = pc.index_in(hashes, value_set=pa.concat_arrays(held).cast(hashes.type))
+            entry_P = np.asarray(pc.fill_null(found, -1), dtype=np.int32)
+            row_N = np.flatnonzero((entry_P >= 0) & (file_P < 0))
+            file_N = np.searchsorted(start_F, entry_P[row_N], side="right") - 1
+            file_P[row_N], place_P[row_N] = first + file_N, entry_P[row_N] - start_F[file_N]
+            del found
+            # Arrow keeps what it used
+            pa.default_memory_pool().release_unused()
+        return file_P, place_P
+
+    def _held(self, count: int) -> Iterator[tuple[int, list[pa.Array]]]:
+        """Hashes of neighbouring files, so many or a file's more at a time, and the number of the first file."""
+        first, held = 0, []
+        for number, path in enumerate(self.paths()):
+            # 64 bytes a hash: a plain string array ends at 33 million
+            held.append(
+                pq.read_table(_sidecar(path), columns=["hash"])["hash"].cast(pa.large_string()).combine_chunks()
+            )
+            if sum(map(len, held)) >= count:
+                yield first, held
+                first, held = number + 1, []
+        if held:
+            yield first, held
 
 
-def _run(place_N: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+def _run(place_N: NDArray[np.integer[Any]]) -> slice | NDArray[np.integer[Any]]:
     """The places as a slice where they follow one another, which is copied as a whole."""
     if len(place_N) and bool((np.diff(place_N) == 1).all()):
         return slice(int(place_N[0]), int(place_N[-1]) + 1)

@@ -106,7 +106,7 @@ class Catalog:
 
     Attributes:
         dataset: its name.
-        products: in id order: product_id, product_hash and the columns asked for.
+        products: in id order, in a mapped file: product_id, product_hash and the columns asked for.
         print: fingerprint of their texts.
         version: of the table that they were read from.
     """
@@ -154,13 +154,11 @@ def read_catalogs(lake: Lake, version: int, datasets: Sequence[str] = (), column
         lake: where they are.
         version: of catalog_product.
         datasets: wanted; empty takes all.
-        columns: to be held beside ids and hashes; texts of millions of products fill a driver's memory.
+        columns: to be held beside ids and hashes.
     """
-    where = [("dataset", "in", list(datasets))] if datasets else None
-    names = ["dataset", "product_id", "product_hash", *columns]
-    products = tables.rows(lake, CATALOG_PRODUCT, version=version, columns=names, where=where).sort_by(
-        [("dataset", "ascending"), ("product_id", "ascending")]
-    )
+    where = pc.field("dataset").isin(list(datasets)) if datasets else None
+    names, by = ["dataset", "product_id", "product_hash", *columns], ["dataset", "product_id"]
+    products = tables.sorted_rows(lake, CATALOG_PRODUCT, version=version, columns=names, by=by, where=where)
     catalogs, start = [], 0
     # as they are sorted, products of a data set follow one another
     for counted in pc.value_counts(products["dataset"]).to_pylist():

@@ -36,6 +36,8 @@ from ray_apps.placements import LabelPlacement
 
 log = logging.getLogger(__name__)
 
+_PRODUCTS_AT_ONCE = 16_384
+"""New products whose vectors are compared with those of all queries at once: 25 MB at width 384."""
 PRIOR_PAIRS = 20_000
 """Judged pairs that the chance of relevance is fitted on, at most."""
 
@@ -284,14 +286,22 @@ class _DatasetCandidates:
 
     def _found(self, new_Q: NDArray[np.int64], new_P: NDArray[np.int64]) -> list[tuple[str, Pairs]]:
         """Queries of new products and products of new queries, by words and by cosine."""
-        recipe, product_PD = self.recipe, self.vectors.take(np.arange(len(self.vectors)))
-        by_product = nearest(product_PD[new_P], self.query_QD, recipe.embedding_per_product)
-        by_query = nearest(self.query_QD[new_Q], product_PD, recipe.products_per_new_query)
+        from embeddings.exact import ExactSearch
+
+        recipe, found = self.recipe, []
+        # vectors of millions of products fill no memory
+        for start in range(0, len(new_P), _PRODUCTS_AT_ONCE):
+            own = new_P[start : start + _PRODUCTS_AT_ONCE]
+            product_N, query_N = nearest(self.vectors.take(own), self.query_QD, recipe.embedding_per_product)
+            found.append(("embedding", (query_N, own[product_N])))
+        if recipe.products_per_new_query and len(new_Q):
+            search = ExactSearch(self.vectors, np.arange(len(self.vectors)))
+            _, row_QK = search.search(self.query_QD[new_Q], recipe.products_per_new_query)
+            found.append(("embedding", (np.repeat(new_Q, row_QK.shape[1]), row_QK.ravel())))
         return [
             ("lexical", self.words.queries_of(new_P, recipe.lexical_per_product, recipe.min_coverage)),
             ("lexical", self.words.products_of(new_Q, recipe.products_per_new_query, recipe.min_coverage)),
-            ("embedding", (by_product[1], new_P[by_product[0]])),
-            ("embedding", (new_Q[by_query[0]], by_query[1])),
+            *found,
         ]
 
     def _engagement(self) -> tuple[Pairs, NDArray[np.float64]]:

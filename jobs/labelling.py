@@ -124,10 +124,16 @@ def train_instances(current: Run, stage: int) -> list[dict[str, Any]]:
     return kept
 
 
-def places_of(values: pa.Array | pa.ChunkedArray, among: pa.Array) -> NDArray[np.int64]:
-    """Places of the values among others; -1 where they are not."""
-    found = pc.fill_null(pc.index_in(values, value_set=among), -1)
-    return np.asarray(found, dtype=np.int64)
+def places_of(values: pa.Array | pa.ChunkedArray, among: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+    """First places of the values among others, of which there may be many times as many; -1 where they are not."""
+    values = values.cast(among.type)
+    wanted = pc.unique(values)
+    number_A = np.asarray(pc.fill_null(pc.index_in(among, value_set=wanted), -1), dtype=np.int32)
+    place_W = np.full(len(wanted), -1, dtype=np.int64)
+    # of what is written to one place the last stays
+    found = np.flatnonzero(number_A >= 0)[::-1]
+    place_W[number_A[found]] = found
+    return place_W[np.asarray(pc.index_in(values, value_set=wanted), dtype=np.int64)]
 
 
 def graded_in_order(pairs: pa.Table, folder: str, placement: LabelPlacement) -> NDArray[np.float64]:

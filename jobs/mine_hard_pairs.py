@@ -19,6 +19,7 @@ from jobs import job, labelling
 from jobs.embed_catalog import Catalog, EmbedRecipe, SearchPlacement, embed, encoder_folder, read_catalogs, search
 from jobs.mining_plan import CatalogWork, MiningPlan, plan_mining
 from lake import tables
+from lake.mapped import take_rows
 from lake.runs import Run, RunRecord
 from lake.schemas import MINED_PAIR
 from lake.storage import Lake, LakeError
@@ -125,11 +126,8 @@ def _work(current: Run, mining: MiningRecipe) -> tuple[dict[str, list[dict[str, 
 
 def _searched(catalog: Catalog, vectors: CatalogVectors, instances: Rows, scope: str) -> NDArray[np.bool_]:
     """Which rows of the catalogue may be found: of equal texts the first in scope, so that none fills the ranks."""
-    in_scope = _in_scope(catalog, instances, scope)
-    lying = np.stack([vectors.file_P[in_scope], vectors.place_P[in_scope]])
-    _, first = np.unique(lying, axis=1, return_index=True)
     is_kept = np.zeros(len(catalog.products), dtype=bool)
-    is_kept[in_scope[first]] = True
+    is_kept[vectors.distinct(_in_scope(catalog, instances, scope))] = True
     return is_kept
 
 
@@ -163,12 +161,12 @@ class _Mined:
         self, catalog: Catalog, instances: Rows, earlier: pa.Table, searched: Search, recipe: MiningRecipe
     ) -> None:
         self.catalog, self.instances, self.searched, self.recipe = catalog, instances, searched, recipe
-        self._ids = catalog.products["product_id"].combine_chunks()
+        self._ids = catalog.products.select(["product_id"])
         self._queries = pa.array([row["query_id"] for row in instances], pa.string())
         place_N = np.repeat(np.arange(len(instances)), [len(row["product_ids"]) for row in instances])
         grade_N = np.array([grade for row in instances for grade in row["grades"]], dtype=np.int64)
         row_N = labelling.places_of(
-            pa.array([product for row in instances for product in row["product_ids"]]), self._ids
+            pa.array([product for row in instances for product in row["product_ids"]]), self._ids["product_id"]
         )
         is_known = row_N >= 0
         place_N, grade_N, self._judged_N = place_N[is_known], grade_N[is_known], row_N[is_known]
@@ -181,7 +179,10 @@ class _Mined:
         np.minimum.at(self._lowest_Q, positives[0], searched.vectors.pair_scores(searched.query_QD, *positives))
         self._lowest_Q[np.isinf(self._lowest_Q)] = np.nan
         own = earlier.filter(pc.equal(earlier["dataset"], catalog.dataset))
-        mined = labelling.places_of(own["query_id"], self._queries), labelling.places_of(own["product_id"], self._ids)
+        mined = [
+            labelling.places_of(own[name], among)
+            for name, among in (("query_id", self._queries), ("product_id", self._ids["product_id"]))
+        ]
         is_held = (mined[0] >= 0) & (mined[1] >= 0)
         self._known = np.concatenate(
             [self._keys(place_N, self._judged_N), self._keys(mined[0][is_held], mined[1][is_held])]
@@ -209,7 +210,7 @@ class _Mined:
         columns = {
             "dataset": pa.repeat(pa.scalar(self.catalog.dataset), len(row_N)),
             "query_id": self._queries.take(pa.array(place_Q[at_N])),
-            "product_id": self._ids.take(pa.array(row_N)),
+            "product_id": take_rows(self._ids, row_N)["product_id"],
             "rank": pa.array(rank_N + 1, pa.int32()),
             "score": pa.array(score_QK[at_N, rank_N].astype(np.float64)),
             "band": pa.array(assign_bands(rank_N + 1, self.recipe.depth).tolist(), pa.string()),
@@ -256,8 +257,10 @@ def plan(config: Config) -> MiningPlan:
     instances, catalogs = _work(current, recipe.mining)
     for catalog in catalogs:
         own = instances[catalog.dataset]
-        texts = catalog.products["product_hash"].take(pa.array(_in_scope(catalog, own, recipe.scope)))
-        work.append(CatalogWork(catalog, len(own), pc.count_distinct(texts).as_py()))
+        texts = catalog.products.select(["product_hash"])
+        if recipe.scope != "catalog":
+            texts = take_rows(texts, _in_scope(catalog, own, recipe.scope))
+        work.append(CatalogWork(catalog, len(own), pc.count_distinct(texts["product_hash"]).as_py()))
     return plan_mining(current, folder, work, recipe.mining.depth, recipe.index, recipe.embedding, config.placement)
 
 

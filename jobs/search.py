@@ -15,6 +15,7 @@ from jobs import embed_catalog, job
 from jobs.embed_catalog import Catalog, EmbedPlacement, EmbedRecipe, read_catalogs
 from jobs.models import encoder_folder
 from lake import tables
+from lake.mapped import take_rows
 from lake.runs import RunRecord, pinned_version
 from lake.schemas import EVALUATION
 from lake.storage import Lake
@@ -127,7 +128,7 @@ def _best(
             "score": float(score),
             "grade": sum(float(score) >= threshold for threshold in thresholds),
         }
-        for product, score in zip(catalog.products.take(row_1K[0]).to_pylist(), score_1K[0], strict=True)
+        for product, score in zip(take_rows(catalog.products, row_1K[0]).to_pylist(), score_1K[0], strict=True)
     ]
 
 

@@ -7,7 +7,8 @@ without a word), and carries an application transaction, so that a replayed part
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Field, Schema, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
+from lake.mapped import in_order, mapped
 from lake.schemas import TableSpec, check_schema
 from lake.storage import Lake, LakeError, patient
 
@@ -99,12 +101,54 @@ def rows(
     Raises:
         LakeError: the table or the version does not exist, or a data file cannot be read.
     """
-    try:
+    with _readable(lake, spec, version):
         table = open_table(lake, spec, version)
         names = list(columns) if columns else spec.column_names
         held = {field.name for field in table.schema().fields}
         found = table.to_pyarrow_table(columns=[name for name in names if name in held], filters=where)
         return plain(with_gained(spec, found, names))
+
+
+def sorted_rows(
+    lake: Lake,
+    spec: TableSpec,
+    *,
+    version: int,
+    columns: Sequence[str],
+    by: Sequence[str],
+    where: pc.Expression | None = None,
+) -> pa.Table:
+    """Rows in the order of columns, in a mapped file (`lake.mapped`): of tables that need not fit into memory.
+
+    Args:
+        version: Delta version.
+        columns: wanted, those of `by` among them.
+        by: columns that they ascend by.
+        where: which rows.
+
+    Raises:
+        LakeError: the table or the version does not exist, a data file cannot be read, or the disk is full.
+    """
+    with _readable(lake, spec, version):
+        table = open_table(lake, spec, version)
+        held = {field.name for field in table.schema().fields}
+        # no more than a few blocks at once
+        batches = table.to_pyarrow_dataset().to_batches(
+            columns=[name for name in columns if name in held],
+            filter=where,
+            batch_readahead=2,
+            fragment_readahead=1,
+        )
+        parts = (plain(with_gained(spec, pa.Table.from_batches([batch]), columns)) for batch in batches)
+        kinds = pa.schema([(name, spec.schema.field(name).type) for name in columns])
+        return in_order(mapped((part.cast(kinds) for part in parts), kinds), by)
+
+
+@contextmanager
+def _readable(lake: Lake, spec: TableSpec, version: int | None) -> Iterator[None]:
+    """Failures to read a table as a LakeError that names it."""
+    try:
+        yield
     except TableNotFoundError as error:
         raise LakeError(missing(lake, spec)) from error
     except (DeltaError, pa.ArrowException, OSError) as error:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -33,6 +35,7 @@ from embeddings.vectors import (
     texts_print,
     write_vectors,
 )
+from lake.mapped import take_rows
 from lake.progress import write_progress
 from lake.storage import check_space
 from ray_apps.cluster import check_resources, quiet_data
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CALIBRATING_TEXTS, _COMPARED_PRODUCTS = 300, 2_000
+_TEXTS_AT_ONCE = 250_000
+"""Texts that are read at once: of a product that has a description they are some kilobytes."""
 _LEAST_ROWS = 1_000
 """Texts for which another worker is worth its start."""
 
@@ -58,7 +63,8 @@ class Part:
         kind: of number that it holds.
         quantised: folder of the int8 encoder that computes it, made where it is missing; empty: the encoder itself.
         hashes: of the texts, kept beside the vectors; a query's is its text.
-        fields: title, brand, category, description; a query is a title.
+        texts_of: hashes of this part, and of others that have the same function -> their `FIELDS`, row by row; a query
+            is a title.
     """
 
     model: str
@@ -66,7 +72,7 @@ class Part:
     path: str
     kind: VectorType
     hashes: pa.Array
-    fields: pa.Table
+    texts_of: Callable[[pa.Array], pa.Table]
     quantised: str = ""
 
     @property
@@ -90,7 +96,7 @@ def plan_products(
     Args:
         model: folder of the encoder.
         hashes: of the texts of a catalogue's products, in an order that does not change from run to run.
-        texts_of: hashes that have no vector -> their `FIELDS`, row by row.
+        texts_of: hashes that have no vector -> their `FIELDS`, row by row; called for some at a time.
         store: the encoder's vectors of that data set.
         kind: of number that is stored.
         num_workers: there are as many parts at least, where there are texts enough for them.
@@ -100,14 +106,13 @@ def plan_products(
     missing = store.missing(hashes)
     if not missing:
         return []
-    texts, kinds = texts_of(missing).select(FIELDS), pa.schema([(name, pa.string()) for name in FIELDS])
     count = max(1, -(-len(missing) // FILE_ROWS), min(num_workers, len(missing) // _LEAST_ROWS))
     parts = []
     for number in range(count):
-        cut = slice(len(missing) * number // count, len(missing) * (number + 1) // count)
-        own = missing[cut]
-        fields = texts.slice(cut.start, len(own)).cast(kinds)
-        parts.append(Part(model, "document", store.path_of(own), kind, own.cast(pa.string()), fields, quantised))
+        start = len(missing) * number // count
+        # a copy, since Arrow makes no plain strings of what lies beyond 2 GiB
+        own = pa.concat_arrays([missing[start : len(missing) * (number + 1) // count]])
+        parts.append(Part(model, "document", store.path_of(own), kind, own.cast(pa.string()), texts_of, quantised))
     return parts
 
 
@@ -117,7 +122,7 @@ def plan_queries(model: str, texts: Sequence[str], folder: str | Path) -> Part:
     nothing = pa.nulls(len(normal), pa.string())
     fields = pa.table(dict(zip(FIELDS, (pa.array(normal, pa.string()), nothing, nothing, nothing), strict=True)))
     path = Path(folder, f"{QUERIES}{texts_print(normal)}.npy")
-    return Part(model, "query", str(path), "float32", pa.array(texts, pa.string()), fields)
+    return Part(model, "query", str(path), "float32", pa.array(texts, pa.string()), lambda _: fields)
 
 
 def embed(
@@ -148,34 +153,21 @@ def embed(
     log.info("embed: %d of %d files are there", len(parts) - len(missing), len(parts))
     if not missing:
         return 0
-    blocks = [
-        part.fields.append_column("hash", part.hashes).append_column(
-            "part", pa.array(np.full(len(part.hashes), number, dtype=np.int64))
-        )
-        for number, part in enumerate(missing)
-    ]
     total, encoded, started = sum(len(part.hashes) for part in missing), 0, time.monotonic()
     given = [
         _Job(part.model, part.side, part.path, part.kind, _int8_file(part, missing), len(part.hashes))
         for part in missing
     ]
+    encode: Callable[[list[pa.Table]], Iterator[int]]
     if total <= own_texts and not use_gpu:
-        done = _encode_here(blocks, _PartEncoder(given, threads_per_worker, use_gpu, batch_tokens))
+        encode = partial(_encode_here, _PartEncoder(given, threads_per_worker, use_gpu, batch_tokens))
     else:
         size = min(num_workers, len(missing))
         check_resources(size * threads_per_worker, size * int(use_gpu))
         quiet_data()
-        pool = ray.data.from_arrow(blocks).map_batches(
-            _PartEncoder,
-            fn_constructor_args=(given, threads_per_worker, use_gpu, batch_tokens),
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=size),
-            num_cpus=threads_per_worker,
-            num_gpus=int(use_gpu),
-        )
-        done = (row["num_rows"] for row in pool.iter_rows())
-    for num_rows in done:
+        where = {"num_cpus": threads_per_worker, "num_gpus": int(use_gpu)}
+        encode = partial(_encode_there, (given, threads_per_worker, use_gpu, batch_tokens), size, where)
+    for num_rows in chain.from_iterable(map(encode, _blocks(missing))):
         encoded += num_rows
         seconds = time.monotonic() - started
         write_progress(run_folder, done=encoded, total=total, note=f"texts encoded, {encoded / seconds:.0f}/s")
@@ -184,6 +176,34 @@ def embed(
             # the first file tells how large the others will be
             _check_space(missing)
     return encoded
+
+
+def _blocks(parts: Sequence[Part]) -> Iterator[list[pa.Table]]:
+    """Of each part `FIELDS`, hash and the part's number, those of some parts at a time."""
+    kinds, number = pa.schema([(name, pa.string()) for name in FIELDS]), 0
+    for together in _portions(parts):
+        blocks = []
+        for texts_of, group in groupby(together, key=lambda part: part.texts_of):
+            own = list(group)
+            texts, start = texts_of(pa.concat_arrays([part.hashes for part in own])), 0
+            for part in own:
+                size = len(part.hashes)
+                fields = texts.select(FIELDS).slice(start, size).cast(kinds).append_column("hash", part.hashes)
+                blocks.append(fields.append_column("part", pa.array(np.full(size, number, dtype=np.int64))))
+                start, number = start + size, number + 1
+        yield blocks
+
+
+def _portions(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """The parts, as many together as hold _TEXTS_AT_ONCE texts, but at least one."""
+    together: list[Part] = []
+    for part in parts:
+        if together and sum(len(other.hashes) for other in (*together, part)) > _TEXTS_AT_ONCE:
+            yield together
+            together = []
+        together.append(part)
+    if together:
+        yield together
 
 
 def _check_space(parts: Sequence[Part]) -> None:
@@ -214,10 +234,8 @@ def _int8_file(part: Part, missing: Sequence[Part]) -> str:
         from embeddings.quantised import build_quantised
 
         model, recipe = load_encoder(part.model)
-        fields = pa.concat_tables(other.fields for other in missing if other.quantised == part.quantised)
-        rows = evenly_spread(len(fields), _CALIBRATING_TEXTS).tolist()
-        # not taken at once, which a column of 2 GiB and more refuses
-        sample = pa.concat_tables(fields.slice(row, 1) for row in rows)
+        hashes = pa.concat_arrays([other.hashes for other in missing if other.quantised == part.quantised])
+        sample = part.texts_of(hashes.take(pa.array(evenly_spread(len(hashes), _CALIBRATING_TEXTS))))
         texts = _texts(sample, part.side, recipe)
         found = [build_quantised(model, part.model, part.side, cache=part.quantised, calibration=texts)]
     return str(found[0])
@@ -225,7 +243,8 @@ def _int8_file(part: Part, missing: Sequence[Part]) -> str:
 
 def compared(hashes: pa.ChunkedArray) -> pa.Array:
     """Of a catalogue's hashes those on whose texts `parity` compares: 2,000 at most, evenly spread, each once."""
-    return pc.unique(hashes.take(pa.array(evenly_spread(len(hashes), _COMPARED_PRODUCTS))))
+    rows = evenly_spread(len(hashes), _COMPARED_PRODUCTS)
+    return pc.unique(take_rows(pa.table({"hash": hashes}), rows)["hash"])
 
 
 def parity(model_folder: str, store: VectorStore, sample: pa.Table, *, batch_tokens: int) -> ParityReport:
@@ -250,13 +269,29 @@ def parity(model_folder: str, store: VectorStore, sample: pa.Table, *, batch_tok
     return compare_vectors(query_QD, exact_PD, query_QD, stored_PD)
 
 
-def _encode_here(blocks: Sequence[pa.Table], encoder: _PartEncoder) -> Iterator[int]:
+def _encode_here(encoder: _PartEncoder, blocks: Sequence[pa.Table]) -> Iterator[int]:
     """Rows of each block, encoded in this process, whose number of threads stays."""
     from embeddings.lanes import torch_threads
 
     with torch_threads(encoder.threads):
         for block in blocks:
             yield encoder(block)["num_rows"][0].as_py()
+
+
+def _encode_there(
+    given: tuple[Any, ...], size: int, resources: Mapping[str, int], blocks: Sequence[pa.Table]
+) -> Iterator[int]:
+    """The same by a pool of so many actors, whose encoders are given that and take those resources each."""
+    pool = ray.data.from_arrow(list(blocks)).map_batches(
+        _PartEncoder,
+        fn_constructor_args=given,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=min(size, len(blocks))),
+        **resources,
+    )
+    for row in pool.iter_rows():
+        yield row["num_rows"]
 
 
 class _Job(NamedTuple):

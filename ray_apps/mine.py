@@ -156,7 +156,7 @@ def actor_bytes(num_queries: int, num_products: int, num_searched: int, width: i
     of_library = _TORCH_BYTES if index.kind == "exact" else _FAISS_BYTES
     of_search = exact_search_bytes(width, min(num_queries, _BLOCK_QUERIES), k)
     # where each row of the catalogue lies: in Ray's store, once per node
-    return of_library + of_search + 12 * num_products + of_index
+    return of_library + of_search + 8 * num_products + of_index
 
 
 def found_bytes(num_queries: int, k: int) -> int:
@@ -190,7 +190,7 @@ def _print_of(facts: tuple[object, ...], *arrays: NDArray[Any]) -> str:
     """16 hex digits over facts and arrays."""
     digest = hashlib.sha256(repr(facts).encode())
     for array in arrays:
-        digest.update(array.tobytes())
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
 
 
@@ -225,7 +225,7 @@ class SearchJob:
         if self.uses_index and not search.index_folder:
             raise ValueError("SearchJob: an index needs index_folder, where its files are kept")
         self.index_folder = Path(search.index_folder, _print_of((catalog, search.index.built_by)))
-        of_job = _print_of((catalog, k, count, search.index), np.ascontiguousarray(search.query_QD))
+        of_job = _print_of((catalog, k, count, search.index), search.query_QD)
         self._folder = _kept_folder(run_folder) / of_job if run_folder else None
         self.recall = 1.0
         self._found: dict[int, Neighbours] = {}

@@ -3,6 +3,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embeddings import vectors
 from embeddings.vectors import StoreError, VectorStore, has_rows, inner_products, texts_print, write_vectors
 
 
@@ -30,6 +31,36 @@ def test_rows_come_back_whichever_file_holds_them_and_texts_share_vectors(tmp_pa
     lying = list(zip(catalog.file_P[rows].tolist(), catalog.place_P[rows].tolist(), strict=True))
     assert lying == sorted(lying)
     assert sum(catalog.rows_of(number) for number in range(len(catalog.paths))) == 11
+
+
+@pytest.mark.parametrize("looks", [1, 3, 1000])
+def test_hashes_are_found_however_many_are_looked_through_at_once(tmp_path, monkeypatch, looks):
+    monkeypatch.setattr(vectors, "_LEAST_HELD", 1)
+    monkeypatch.setattr(vectors, "_MOST_LOOKS", looks)
+    monkeypatch.setattr(vectors, "_ROWS_AT_ONCE", 2)
+    store, known = VectorStore(tmp_path), unit_vectors(40)
+    hashes = [f"h{number}" for number in range(40)]
+    fill(store, known, hashes, [3, 4, 20, 33])
+    # a text that a second file holds too
+    write_vectors(tmp_path / "zz.npy", -known[:5], hashes[:5])
+    order = np.random.default_rng(0).integers(0, 40, 60)
+    catalog = store.vectors(pa.chunked_array([[hashes[at] for at in order[:7]], [hashes[at] for at in order[7:]]]))
+    assert np.array_equal(catalog.take(np.arange(60)), known[order])
+    assert store.missing(pa.array(["h39", "x", "h0", "x"])).to_pylist() == ["x"]
+    rows = catalog.in_file_order(np.arange(60))
+    assert sorted(rows.tolist()) == list(range(60))
+    lying = list(zip(catalog.file_P[rows].tolist(), catalog.place_P[rows].tolist(), strict=True))
+    assert lying == sorted(lying)
+    assert np.array_equal(catalog.in_file_order(rows), rows)
+
+
+def test_of_rows_that_share_a_vector_the_first_is_distinct(tmp_path):
+    store = VectorStore(tmp_path)
+    fill(store, unit_vectors(6), list("abcdef"), [2])
+    catalog = store.vectors(pa.array(list("fabacfd")))
+    assert catalog.distinct(np.arange(7)).tolist() == [0, 1, 2, 4, 6]
+    assert catalog.distinct(np.array([3, 5])).tolist() == [3, 5]
+    assert catalog.distinct(np.array([], dtype=np.int64)).tolist() == []
 
 
 def test_only_texts_without_a_vector_are_missing_each_once(tmp_path):

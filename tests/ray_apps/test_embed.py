@@ -86,6 +86,28 @@ def test_encodes_with_the_models_own_texts_and_never_twice(tmp_path, own_texts, 
     assert np.array_equal(store.vectors(changed["product_hash"]).take(np.arange(5)), vectors.take(np.arange(5)))
 
 
+def test_texts_of_a_large_catalogue_are_read_some_at_a_time(tmp_path, monkeypatch):
+    folder, store = str(tmp_path / "model"), VectorStore(tmp_path / "vectors")
+    model = build_encoder(EncoderRecipe(model=str(tiny_bert_folder(tmp_path / "bert"))))
+    save_encoder(model, folder, {"text": TextRecipe(clauses=("{title}",)), "stage": 1, "fingerprint": "x"})
+    monkeypatch.setattr(app, "FILE_ROWS", 2)
+    monkeypatch.setattr(app, "_TEXTS_AT_ONCE", 4)
+    (hashes, texts_of), asked = products_of(CATALOG), []
+
+    def counted(some):
+        asked.append(len(some))
+        return texts_of(some)
+
+    parts = [
+        *plan_products(folder, hashes, counted, store, "float32", 1),
+        plan_queries(folder, ["lamp"], store.folder),
+    ]
+    assert embed(parts, **HERE, run_folder=str(tmp_path / "run")) == 8
+    assert asked == [3, 4]
+    expected = encode(load_encoder(folder)[0], NAMES, "document")
+    assert np.abs(store.vectors(hashes).take(np.arange(7)) - expected).max() < 0.02
+
+
 def test_a_disk_without_room_for_the_rest_ends_it_after_the_first_file(tmp_path, monkeypatch):
     folder, store = str(tmp_path / "model"), VectorStore(tmp_path / "vectors")
     model = build_encoder(EncoderRecipe(model=str(tiny_bert_folder(tmp_path / "bert"))))
