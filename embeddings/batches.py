@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from embeddings.alike import alike_order
 
 log = logging.getLogger(__name__)
 
+TokenCount = Callable[[Sequence[str], Literal["query", "document"]], NDArray[np.int64]]
+"""Tokens of each of some texts of a side, [N]."""
 PADDING = -1
 """Grade and index of a cell that holds no product."""
 UNGRADED = -1
@@ -36,6 +38,15 @@ class BatchRecipe:
     """Size and make-up of a training step."""
 
     queries_per_step: Annotated[int, meaning("queries of a step, over all workers", "queries", ge=1)] = 32
+    tokens_per_step: Annotated[
+        int,
+        meaning(
+            "tokens of a step at most, over all workers: as many whole instances as fit, queries_per_step of them at "
+            "most; 0: no limit",
+            "tokens",
+            ge=0,
+        ),
+    ] = 0
     max_products_per_query: Annotated[
         int, meaning("products drawn of a larger instance; every grade it has is drawn", "products", ge=3)
     ] = 16
@@ -176,9 +187,11 @@ class InstanceSampler:
         needs_contrast: False where products of other queries are the contrast of every loss: then an instance with any
             positive among what may be drawn counts.
         encode: normalised vectors of queries, asked for once, here, where the recipe wants steps of alike queries.
+        count: tokens of texts of a side, asked for once, here, where the recipe limits them.
 
     Raises:
-        ValueError: no instance has products of two grades, or alike queries are wanted and nothing encodes them.
+        ValueError: no instance has products of two grades; alike queries are wanted and nothing encodes them; tokens
+            are limited and nothing counts them, or an instance has more than a step may have.
     """
 
     def __init__(
@@ -189,6 +202,7 @@ class InstanceSampler:
         *,
         needs_contrast: bool = True,
         encode: Callable[[Sequence[str]], NDArray[np.float32]] | None = None,
+        count: TokenCount | None = None,
     ) -> None:
         self.instances = [
             instance
@@ -213,6 +227,26 @@ class InstanceSampler:
             self._vectors = encode([instance.query for instance in self.instances])
         # two epochs meet in a step
         self._order = lru_cache(maxsize=2)(self._new_order)
+        self._tokens_N, self._starts = None, [0]
+        if recipe.tokens_per_step:
+            if count is None:
+                raise ValueError(f"tokens_per_step={recipe.tokens_per_step}: expected a count of tokens, got none")
+            self._tokens_N = _most_tokens(self.instances, recipe, count)
+            if (most := int(self._tokens_N.max())) > recipe.tokens_per_step:
+                raise ValueError(
+                    f"tokens_per_step={recipe.tokens_per_step}: an instance may have {most} tokens; raise it, or lower "
+                    "max_products_per_query"
+                )
+
+    def num_steps(self, epochs: float) -> int:
+        """Steps in which so many epochs are seen."""
+        num_samples = max(1, math.ceil(epochs * len(self.instances)))
+        if self._tokens_N is None:
+            return -(-num_samples // self.recipe.queries_per_step)
+        step = 0
+        while self._samples(step).stop < num_samples:
+            step += 1
+        return step + 1
 
     def step_instances(self, step: int, rank: int, world_size: int) -> list[Instance]:
         """The worker's instances of a step, drawn down to `max_products_per_query`.
@@ -224,11 +258,15 @@ class InstanceSampler:
         Raises:
             ValueError: there are more workers than queries in a step.
         """
-        size, count = self.recipe.queries_per_step, len(self.instances)
-        if world_size > size:
-            raise ValueError(f"queries_per_step: expected at least one for each of {world_size} workers, got {size}")
+        samples, count = self._samples(step), len(self.instances)
+        if world_size > len(samples):
+            setting = "queries_per_step" if self._tokens_N is None else "queries_per_step and tokens_per_step"
+            raise ValueError(
+                f"{setting}: expected at least one query for each of {world_size} workers, got {len(samples)} in step "
+                f"{step}"
+            )
         drawn = []
-        for sample in range(step * size + rank, (step + 1) * size, world_size):
+        for sample in samples[rank::world_size]:
             epoch, place = divmod(sample, count)
             instance = self.instances[self._order(epoch)[place]]
             seed = stable_seed(self.seed, epoch, *instance.key)
@@ -238,12 +276,43 @@ class InstanceSampler:
             drawn.append(_draw_contrasts(draw_products(instance, self.recipe, seed), self.recipe, seed))
         return drawn
 
+    def _samples(self, step: int) -> range:
+        """The samples of a step: instances in the order of training, one epoch after the other."""
+        size, count = self.recipe.queries_per_step, len(self.instances)
+        if self._tokens_N is None:
+            return range(step * size, (step + 1) * size)
+        while len(self._starts) < step + 2:
+            end, left = self._starts[-1], self.recipe.tokens_per_step
+            while end - self._starts[-1] < size:
+                epoch, place = divmod(end, count)
+                left -= int(self._tokens_N[self._order(epoch)[place]])
+                if left < 0:
+                    break
+                end += 1
+            self._starts.append(end)
+        return range(self._starts[step], self._starts[step + 1])
+
     def _new_order(self, epoch: int) -> NDArray[np.int64]:
         """Places of the instances in the order of an epoch."""
         seed = stable_seed(self.seed, epoch, "order")
         if self._vectors is None:
             return np.random.default_rng(seed).permutation(len(self.instances))
         return alike_order(self._vectors, self.recipe.alike_queries, seed)
+
+
+def _most_tokens(instances: Sequence[Instance], recipe: BatchRecipe, count: TokenCount) -> NDArray[np.int64]:
+    """Tokens of each instance's query and of the longest products that may be drawn with it."""
+    tokens_N = count([instance.query for instance in instances], "query")
+    products = list(dict.fromkeys(text for one in instances for text in (*one.products, *one.contrasts)))
+    tokens = dict(zip(products, count(products, "document").tolist(), strict=True))
+    for number, instance in enumerate(instances):
+        sides = (
+            (instance.products, recipe.max_products_per_query + recipe.soft_per_query),
+            (instance.contrasts, recipe.contrasts_per_query),
+        )
+        for texts, most in sides:
+            tokens_N[number] += sum(sorted((tokens[text] for text in texts), reverse=True)[:most])
+    return tokens_N
 
 
 def _enough_with_irrelevant(instances: list[Instance], share: float, seed: int) -> list[Instance]:

@@ -158,7 +158,7 @@ class _Block:
         size, room = len(query_BD), max(_MIN_ROOM, _SPARE * depth)
         self._full_at = 3 * room // 4
         self._score_BC = torch.full((size, room), -torch.inf, dtype=kind, device=query_BD.device)
-        self._place_BC = torch.zeros((size, room), dtype=torch.int64, device=query_BD.device)
+        self._place_BC = torch.zeros((size, room), dtype=torch.int32, device=query_BD.device)
         self._count_B = torch.zeros(size, dtype=torch.int64, device=query_BD.device)
         self._least_B1 = torch.full((size, 1), -torch.inf, dtype=torch.float64, device=query_BD.device)
         """What k products so far reach at least, exactly scored."""
@@ -214,7 +214,7 @@ class _Block:
         """(query of the block, place in the search's order) of every candidate, query by query."""
         self.prune()
         query_C, column_C = (self._score_BC > -torch.inf).nonzero(as_tuple=True)
-        return query_C.cpu().numpy(), self._place_BC[query_C, column_C].cpu().numpy()
+        return query_C.cpu().numpy(), self._place_BC[query_C, column_C].long().cpu().numpy()
 
     def _error_of(self, tile: _Tile) -> Tensor:
         """Bound on |float32 sum of the rounded products - exact inner product| (Higham 2002, s. 3.1, for the sum)."""
@@ -247,7 +247,7 @@ class _Block:
         first_B = torch.cumsum(fresh_B, dim=0) - fresh_B
         column_C = torch.arange(len(query_C), device=query_C.device) - first_B[query_C] + self._count_B[query_C]
         self._score_BC[query_C, column_C] = score_C
-        self._place_BC[query_C, column_C] = place_C
+        self._place_BC[query_C, column_C] = place_C.int()
         self._count_B = total_B
 
     def _widen(self, width: int) -> None:
@@ -286,5 +286,5 @@ def _spacing(score: Tensor) -> Tensor:
 def exact_search_bytes(width: int, num_queries: int, k: int) -> int:
     """Bytes that a search holds at most beside the mapped files, ties apart: tiles, queries and candidates."""
     tile = _TILE_ROWS * width * 4 * 3
-    candidates = num_queries * max(_MIN_ROOM, _SPARE * k) * 12
+    candidates = num_queries * max(_MIN_ROOM, _SPARE * k) * 8
     return tile + num_queries * width * 16 + candidates + _BLOCK_QUERIES * _TILE_ROWS * 6

@@ -23,6 +23,9 @@ IDS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
 MAX_TEXTS: Final = 2_000_000
 """Texts kept by default: some 400 MB of product titles."""
 
+_COUNTED: Final = 4_096
+"""Texts tokenised at once where tokens are counted."""
+
 
 class TokenCache:
     """Token tensors of texts, as `encoder.tokenize` gives them, every text tokenised once.
@@ -47,19 +50,36 @@ class TokenCache:
 
     def __call__(self, texts: Sequence[str], side: Side) -> dict[str, Any]:
         """Padded token tensors [N, L] on the model's device."""
+        if not self._keep(texts, side):
+            return tokenize(self.model, texts, side)
+        return self._padded([self._ids[side, text] for text in texts], side)
+
+    def counts(self, texts: Sequence[str], side: Side) -> NDArray[np.int64]:
+        """Tokens of each text, [N], those that begin and end it with them."""
+        found = []
+        for start in range(0, len(texts), _COUNTED):
+            some = texts[start : start + _COUNTED]
+            if self._keep(some, side):
+                found += [len(self._ids[side, text]) for text in some]
+            else:
+                found += tokenize(self.model, some, side, device="cpu")[MASK].sum(dim=1).tolist()
+        return np.array(found, dtype=np.int64)
+
+    def _keep(self, texts: Sequence[str], side: Side) -> bool:
+        """Whether the ids of all these texts are kept now."""
         missing = [text for text in dict.fromkeys(texts) if (side, text) not in self._ids]
         if len(self._ids) + len(missing) > self.max_texts:
-            return tokenize(self.model, texts, side)
+            return False
         if missing:
             found = tokenize(self.model, missing, side, device="cpu")
             if not _is_plain(found):
                 self.max_texts = 0
-                return tokenize(self.model, texts, side)
+                return False
             # the tensors' names, and what goes with every text of the side
             self._features[side] = {name: None if isinstance(value, Tensor) else value for name, value in found.items()}
             for text, ids, mask in zip(missing, found[IDS].numpy(), found[MASK].numpy(), strict=True):
                 self._ids[side, text] = ids[mask > 0].astype(np.int32)
-        return self._padded([self._ids[side, text] for text in texts], side)
+        return True
 
     def _padded(self, rows: Sequence[NDArray[np.int32]], side: Side) -> dict[str, Any]:
         tokenizer = transformers_of(self.model)[side].tokenizer

@@ -52,8 +52,7 @@ def plan_steps(recipe: TrainRecipe, sampler: InstanceSampler) -> int:
 
     Texts are counted as one worker has them; several have a few more, since what two of them draw is encoded twice.
     """
-    num_steps = max(1, math.ceil(recipe.epochs * len(sampler.instances) / recipe.batch.queries_per_step))
-    num_steps, num_texts = recipe.max_steps or num_steps, 0
+    num_steps, num_texts = recipe.max_steps or sampler.num_steps(recipe.epochs), 0
     for step in range(num_steps if recipe.max_texts else 0):
         batch = collate(sampler.step_instances(step, 0, 1))
         num_texts += len(batch.query_texts) + len(batch.document_texts)
@@ -149,8 +148,14 @@ class ContrastiveTrainer:
         if compiled:
             compile_layers(model)
         self.bf16 = use_bf16(recipe, model.device.type)
+        self.tokens = TokenCache(model)
         self.sampler = InstanceSampler(
-            instances, recipe.batch, recipe.seed, needs_contrast=recipe.needs_contrast, encode=self._encode_queries
+            instances,
+            recipe.batch,
+            recipe.seed,
+            needs_contrast=recipe.needs_contrast,
+            encode=self._encode_queries,
+            count=self.tokens.counts,
         )
         self.num_lexical = recipe.lexical.steps
         self.num_graded = plan_steps(recipe, self.sampler)
@@ -158,7 +163,7 @@ class ContrastiveTrainer:
         self._teacher = (
             LexicalTeacher(model, catalog, recipe, world_size=world_size, bf16=self.bf16) if self.num_lexical else None
         )
-        self.step, self.num_texts, self.tokens = 0, 0.0, TokenCache(model)
+        self.step, self.num_texts = 0, 0.0
         self.tower = TwoTower(model, recipe)
         self._parallel = wrap(self.tower)
         reads_others = any(term.reads_others for term in recipe.terms)

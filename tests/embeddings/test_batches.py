@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -61,6 +62,50 @@ def test_instances_of_one_grade_are_left_out_and_none_left_is_an_error():
 def test_more_workers_than_queries_are_refused():
     with pytest.raises(ValueError, match="queries_per_step"):
         InstanceSampler(INSTANCES, BatchRecipe(queries_per_step=2), seed=0).step_instances(0, 0, 3)
+
+
+def long_texts(texts, side):
+    """Two tokens a query, of products a number of its own."""
+    return np.array([2 if side == "query" else 3 + int(text.split("-")[1]) for text in texts])
+
+
+def drawn_tokens(drawn):
+    return sum(2 + long_texts([*one.products, *one.contrasts], "document").sum() for one in drawn)
+
+
+def test_a_step_holds_as_many_whole_instances_as_its_tokens_allow():
+    instances = [instance(number, [2, 1, 0, 0, 0, 0][: 2 + number % 5]) for number in range(40)]
+    instances[7] = dataclasses.replace(instances[7], contrasts=[f"near {place}-{place}" for place in range(9)])
+    recipe = BatchRecipe(queries_per_step=6, tokens_per_step=80, max_products_per_query=4, contrasts_per_query=2)
+    sampler = InstanceSampler(instances, recipe, seed=0, count=long_texts)
+    count = sampler.num_steps(2.0)
+    steps = [sampler.step_instances(step, 0, 1) for step in range(count)]
+    seen = [key for step in steps for key in keys(step)]
+    assert sorted(seen[:40]) == sorted(seen[40:80]) == sorted(keys(instances))
+    assert len(seen) - len(steps[-1]) < 80
+    assert max(map(drawn_tokens, steps)) <= 80
+    assert {len(step) for step in steps} > {4}
+    # one more would not have fitted, or would have been too many queries
+    largest = [2 + sum(sorted(long_texts(one.products, "document"))[-4:]) for one in instances]
+    largest[7] += 11 + 10
+    for step, following in itertools.pairwise(steps):
+        wanted = sum(largest[int(one.key[1])] for one in [*step, following[0]])
+        assert len(step) == 6 or wanted > 80
+    # whichever step is asked for first, however many workers there are
+    again = InstanceSampler(instances, recipe, seed=0, count=long_texts)
+    for rank in range(2):
+        assert keys(again.step_instances(count - 2, rank, 2)) == keys(steps[-2])[rank::2]
+
+
+def test_tokens_that_hold_no_instance_or_no_worker_are_refused():
+    few = BatchRecipe(tokens_per_step=13)
+    with pytest.raises(ValueError, match="an instance may have 14 tokens; raise it, or lower max_products_per_query"):
+        InstanceSampler(INSTANCES, few, seed=0, count=long_texts)
+    with pytest.raises(ValueError, match="expected a count of tokens"):
+        InstanceSampler(INSTANCES, few, seed=0)
+    enough = InstanceSampler(INSTANCES, BatchRecipe(tokens_per_step=14), seed=0, count=long_texts)
+    with pytest.raises(ValueError, match=r"and tokens_per_step: expected .* each of 2 workers, got 1 in step 0"):
+        enough.step_instances(0, 0, 2)
 
 
 def test_a_curriculum_brings_grade_1_in_over_its_epochs():

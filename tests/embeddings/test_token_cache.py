@@ -58,6 +58,17 @@ def test_a_text_is_tokenised_once_on_each_side(folder, monkeypatch):
     assert len(asked) == len(set(asked)) == len(tokens) == 2 * len({text for texts in BATCHES for text in texts})
 
 
+@pytest.mark.parametrize("max_texts", [3, 1000])
+def test_tokens_are_counted_as_the_tokenizer_gives_them(folder, monkeypatch, max_texts):
+    monkeypatch.setattr(token_cache, "_COUNTED", 2)
+    model = model_of(folder)
+    texts = [text for batch in BATCHES for text in batch]
+    found = TokenCache(model, max_texts=max_texts).counts(texts, "document")
+    assert found.tolist() == tokenize(model, texts, "document")["attention_mask"].sum(dim=1).tolist()
+    assert len(set(found.tolist())) > 1
+    assert TokenCache(model).counts([], "query").tolist() == []
+
+
 def test_texts_beyond_the_limit_are_tokenised_anew(folder):
     model = model_of(folder)
     tokens = TokenCache(model, max_texts=3)

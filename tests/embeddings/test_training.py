@@ -18,6 +18,7 @@ from ray_apps.sharding import shard
 from tests.tiny_models import tiny_bert_folder
 
 WORDS = ["lamp", "hose", "shoe", "drill", "sofa", "kettle", "paint", "rug"]
+SIDES = ("query", "document")
 BATCH = BatchRecipe(queries_per_step=4, max_products_per_query=4)
 CATALOG = [CatalogText(f"{word} {number}", f"{word} {number}") for word in WORDS for number in range(4)]
 LEXICAL = LexicalRecipe(steps=3, products_per_step=12, products_per_seed=4, learning_rate=1e-3)
@@ -392,6 +393,20 @@ def test_steps_follow_from_epochs_unless_given():
     sampler = InstanceSampler(toy_instances()[:10], BATCH, seed=0)
     assert plan_steps(TrainRecipe(epochs=1.5, batch=BATCH), sampler) == 4
     assert plan_steps(TrainRecipe(epochs=1.5, max_steps=7, batch=BATCH), sampler) == 7
+
+
+def test_a_step_of_limited_tokens_holds_what_fits(build):
+    batch = BatchRecipe(tokens_per_step=60, max_products_per_query=4)
+    trainer = build(TrainRecipe(epochs=1.0, batch=batch))
+    sizes, seen = [], 0
+    for step in range(trainer.num_steps):
+        drawn = trainer.sampler.step_instances(step, 0, 1)
+        texts = ([one.query for one in drawn], [text for one in drawn for text in one.products])
+        sizes.append(sum(trainer.tokens.counts(own, side).sum() for own, side in zip(texts, SIDES, strict=True)))
+        seen += len(drawn)
+        assert math.isfinite(trainer.train_step(step)["loss"])
+    assert 30 < max(sizes) <= 60
+    assert len(trainer.sampler.instances) <= seen < len(trainer.sampler.instances) + len(drawn)
 
 
 def test_a_budget_of_texts_ends_the_steps_before_it_is_exceeded(build):
