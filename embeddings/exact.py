@@ -24,18 +24,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from embeddings.backbone import has_fast_bf16
+from embeddings.exact_size import BLOCK_QUERIES, MIN_ROOM, SPARE, TILE_ROWS
 from embeddings.topk import best, check_vectors
 from embeddings.vectors import CatalogVectors, row_sums
 
-_TILE_ROWS: Final = 8_192
-"""Products read and multiplied at once: 13 MB of float32 at width 384, which the allocator hands out again as it is."""
-_BLOCK_QUERIES: Final = 1_024
-"""Queries multiplied at once: with the former 16 MB of bfloat16 scores, which caches hold."""
 _GROUP: Final = 32
 """Neighbouring scores that are looked at one by one only where their highest reaches the bound."""
-_SPARE: Final = 4
-"""A block's candidates have room for so many times k, but at least for _MIN_ROOM."""
-_MIN_ROOM: Final = 1_024
 _PAIRS: Final = (2_048, 65_536)
 """Pairs scored exactly at once on a processor, 6 MB of float64 at width 384, and on a card."""
 _FLOAT32_UNIT: Final = 2.0**-24
@@ -87,12 +81,12 @@ class ExactSearch:
         with torch.inference_mode(), _full_sums():
             blocks = [
                 _Block(torch.from_numpy(np.ascontiguousarray(part)).to(self._device), depth, self._kind)
-                for part in np.split(query_QD, range(_BLOCK_QUERIES, len(query_QD), _BLOCK_QUERIES))
+                for part in np.split(query_QD, range(BLOCK_QUERIES, len(query_QD), BLOCK_QUERIES))
             ]
             # taken once: fresh memory for every product of matrices costs as long as computing it
-            scratch = torch.empty((_BLOCK_QUERIES, _TILE_ROWS + _GROUP), dtype=self._kind, device=self._device)
-            for at in range(0, len(self), _TILE_ROWS):
-                tile = _Tile(self._read(self._row_P[at : at + _TILE_ROWS]), at, self._kind)
+            scratch = torch.empty((BLOCK_QUERIES, TILE_ROWS + _GROUP), dtype=self._kind, device=self._device)
+            for at in range(0, len(self), TILE_ROWS):
+                tile = _Tile(self._read(self._row_P[at : at + TILE_ROWS]), at, self._kind)
                 for block in blocks:
                     block.look_at(tile, scratch)
             found = [self._settle(block, depth) for block in blocks]
@@ -155,7 +149,7 @@ class _Block:
         self._rounded_BD = query_BD.to(kind)
         self._length_B1 = torch.linalg.vector_norm(query_BD.double(), dim=1, keepdim=True)
         self._residual_B1 = torch.linalg.vector_norm(query_BD.double() - self._rounded_BD.double(), dim=1, keepdim=True)
-        size, room = len(query_BD), max(_MIN_ROOM, _SPARE * depth)
+        size, room = len(query_BD), max(MIN_ROOM, SPARE * depth)
         self._full_at = 3 * room // 4
         self._score_BC = torch.full((size, room), -torch.inf, dtype=kind, device=query_BD.device)
         self._place_BC = torch.zeros((size, room), dtype=torch.int32, device=query_BD.device)
@@ -281,10 +275,3 @@ def _spacing(score: Tensor) -> Tensor:
     """An upper bound on the distance of neighbouring numbers of the score's kind at the score, float64."""
     info = torch.finfo(score.dtype)
     return torch.clamp(score.double().abs() * info.eps, min=float(info.smallest_normal))
-
-
-def exact_search_bytes(width: int, num_queries: int, k: int) -> int:
-    """Bytes that a search holds at most beside the mapped files, ties apart: tiles, queries and candidates."""
-    tile = _TILE_ROWS * width * 4 * 3
-    candidates = num_queries * max(_MIN_ROOM, _SPARE * k) * 8
-    return tile + num_queries * width * 16 + candidates + _BLOCK_QUERIES * _TILE_ROWS * 6

@@ -27,6 +27,7 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import ObjectLostError, RayActorError
 
+from embeddings.exact_size import exact_search_bytes
 from embeddings.index_recipe import TRAINED, IndexRecipe, part_file
 from embeddings.sampling import evenly_spread
 from embeddings.topk import merge_topk
@@ -150,8 +151,6 @@ def actor_bytes(num_queries: int, num_products: int, num_searched: int, width: i
         k: products per query.
         index: that of a part is held as well.
     """
-    from embeddings.exact import exact_search_bytes
-
     of_index = index.num_bytes(-(-num_searched // _num_parts(num_searched)), width)
     of_library = _TORCH_BYTES if index.kind == "exact" else _FAISS_BYTES
     of_search = exact_search_bytes(width, min(num_queries, _BLOCK_QUERIES), k)

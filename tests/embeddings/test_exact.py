@@ -59,9 +59,9 @@ def test_any_sharding_gives_the_same_bits_as_brute_force(
     vectors, queries = crowded_catalogue(seed, count, 12, num_distinct)
     catalog = stored(tmp_path_factory.mktemp("vectors"), vectors, file_rows=97)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exact, "_TILE_ROWS", tile)
-        patch.setattr(exact, "_MIN_ROOM", room)
-        patch.setattr(exact, "_BLOCK_QUERIES", 2)
+        patch.setattr(exact, "TILE_ROWS", tile)
+        patch.setattr(exact, "MIN_ROOM", room)
+        patch.setattr(exact, "BLOCK_QUERIES", 2)
         parts = np.split(np.arange(count), [min(cut, count) for cut in cuts])
         found = [ExactSearch(catalog, rows, bf16=bf16).search(queries, k) for rows in parts]
     scores, rows = merge_topk([scores for scores, _ in found], [rows for _, rows in found], k)

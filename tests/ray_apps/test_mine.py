@@ -235,3 +235,13 @@ def test_a_full_disk_ends_the_search_and_the_next_run_goes_on(tmp_path, monkeypa
 def test_importing_the_search_brings_neither_torch_nor_faiss():
     code = "import sys, ray_apps.mine; sys.exit(bool({'torch', 'faiss'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_process_that_hands_out_work_loads_no_torch():
+    code = (
+        "import sys, jobs.mine_hard_pairs; from embeddings.index_recipe import IndexRecipe; "
+        "from ray_apps.mine import actor_bytes; "
+        "print(actor_bytes(100, 1000, 1000, 384, 10, IndexRecipe()) > 0, 'torch' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["True", "False"]
