@@ -9,7 +9,9 @@
   st_torch        the same without FAISS, 512 queries at a time, since its own 16,384 need 26 GB of scores;
   ivf_flat, ivf_pq, hnsw
                   `ray_apps.mine` with such an index, where --contestants asks for it: building it is told apart, the
-                  probe of its recall that every run makes is not.
+                  probe of its recall that every run makes is not;
+  job             `mine_hard_pairs` itself, where --contestants asks for it, over a lake made of these vectors: queries
+                  are encoded, the catalogue is read, pairs are written.
 
 All find 100 products for each query on the same vectors of MiniLM-L6: titles below ASSAY_DATA/titles, and beyond their
 number vectors derived from them by noise. Queries are first words of titles. Each contestant of a round is a process of
@@ -53,24 +55,27 @@ QUICK_TITLES, QUICK_QUERIES, QUERIES = 30_000, 4_000, 10_000
 NOISE: Final = 0.5
 """Length of the noise of a derived vector, whose cosine with its origin is about .9."""
 _FILE_ROWS: Final = 20_000
+_STRIDE: Final = 7_919
+"""A prime: its multiples are all products, in another order."""
 _ST_QUERIES: Final = 512
 
 
 @contextmanager
 def watched(found: dict[str, Any]) -> Iterator[None]:
-    """Notes seconds and the most anonymous memory in MB of any process below this one, or of this where none is.
+    """Notes seconds and the most anonymous memory in MB of any search actor, or of this process where none is.
 
     What this process holds of its own, beside others that search, is `driver_mb`.
     """
-    stop, most = threading.Event(), {"driver": 0.0, "worker": 0.0}
+    stop, most = threading.Event(), {"driver": 0.0, "searcher": 0.0}
 
     def watch() -> None:
         own = psutil.Process()
         while not stop.wait(0.2):
             for process in [own, *own.children(recursive=True)]:
-                kind = "driver" if process == own else "worker"
                 try:
-                    most[kind] = max(most[kind], _anonymous_mb(process.pid))
+                    kind = "driver" if process == own else "searcher" if "_Searcher" in process.name() else ""
+                    if kind:
+                        most[kind] = max(most[kind], _anonymous_mb(process.pid))
                 except (OSError, psutil.Error):
                     continue
 
@@ -83,7 +88,8 @@ def watched(found: dict[str, Any]) -> Iterator[None]:
         found["seconds"] = time.monotonic() - started
         stop.set()
         watcher.join()
-        found["anonymous_mb"], found["driver_mb"] = most["worker"] or most["driver"], most["driver"]
+        found["anonymous_mb"] = most["searcher"] or most["driver"]
+        found["driver_mb"] = most["driver"]
 
 
 def _anonymous_mb(pid: int) -> float:
@@ -129,6 +135,7 @@ def prepare(folder: Path, products: int, queries: int, titles: int) -> None:
         hashes = [f"p{row}" for row in row_N]
         write_vectors(store.path_of(hashes), vector_ND, hashes, kind="float16")
     words = [" ".join(names[at].split()[:3]) for at in generator.integers(len(names), size=queries)]
+    _words(folder, products).write_text("\n".join(words), encoding="utf-8")
     np.save(folder / f"queries-{products}.npy", encode(model, words, "query", batch_tokens=8192, bf16=fast))
 
 
@@ -177,6 +184,68 @@ def indexed(folder: Path, products: int, found: dict[str, Any], *, kind: Any) ->
             pool.run(job)
             rows = job.neighbours().row_QK
     return rows
+
+
+def job(folder: Path, products: int, found: dict[str, Any]) -> None:
+    """By `mine_hard_pairs`, over a lake that another process makes: this one shall hold what the job holds."""
+    from jobs import mine_hard_pairs
+
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        command = [sys.executable, "-m", "benchmarks.mining", "--one", place, "--folder", str(folder)]
+        subprocess.run([*command, "--products", str(products)], check=True, capture_output=True)
+        with watched(found):
+            mine_hard_pairs.run(mine_hard_pairs.Config(lake=place, inputs=mine_hard_pairs.Inputs(model="model")))
+
+
+def write_lake(root: str, folder: Path, products: int) -> None:
+    """A lake of these vectors, with their encoder, in which every query has one judged product."""
+    from embeddings.encoder import build_encoder, save_encoder
+    from embeddings.recipes import EncoderRecipe
+    from embeddings.text import TextRecipe
+    from jobs.job import content_hash
+    from lake.storage import Lake
+
+    lake = Lake(root)
+    save_encoder(build_encoder(EncoderRecipe()), lake.path("model"), {"text": TextRecipe()})
+    store = Path(lake.path("vectors", content_hash(lake.path("model")), "shop", "float16"))
+    store.mkdir(parents=True)
+    for path in (folder / f"products-{products}").iterdir():
+        (store / path.name).symlink_to(path.resolve())
+    _write_tables(lake, products, _words(folder, products).read_text(encoding="utf-8").splitlines())
+
+
+def _words(folder: Path, products: int) -> Path:
+    """The file of the queries' texts."""
+    return folder / f"queries-{products}.txt"
+
+
+def _write_tables(lake: Any, products: int, texts: Sequence[str]) -> None:
+    """The tables that mining reads, the products in another order than that of their vectors."""
+    from deltalake import write_deltalake
+
+    from lake import tables
+    from lake.schemas import CATALOG_PRODUCT, QUERY, TRAINING_INSTANCE
+
+    def write(spec: Any, columns: dict[str, Any]) -> None:
+        size = len(next(iter(columns.values())))
+        data = {name: columns.get(name, [None] * size) for name in spec.column_names}
+        tables.create(lake, spec)
+        write_deltalake(lake.table(spec.name), pa.table(data, schema=spec.schema), mode="append")
+
+    for start in range(0, products, 500_000):
+        row_N = np.arange(start, min(start + 500_000, products))
+        ids = [f"p{row:08d}" for row in row_N * _STRIDE % products]
+        hashes = [f"p{row}" for row in row_N]
+        write(
+            CATALOG_PRODUCT, {"dataset": ["shop"] * len(ids), "product_id": ids, "title": ids, "product_hash": hashes}
+        )
+    queries = len(texts)
+    names, judged = [f"q{row:05d}" for row in range(queries)], np.arange(queries) * _STRIDE % products
+    key = {"dataset": ["shop"] * queries, "query_id": names}
+    write(QUERY, key | {"text": texts, "normalised": texts, "query_hash": names, "split": ["train"] * queries})
+    pairs = {"product_ids": [[f"p{row:08d}"] for row in judged], "grades": [[2]] * queries}
+    shares = {"sources": [["human"]] * queries, "at_least_1": [[1.0]] * queries, "at_least_2": [[1.0]] * queries}
+    write(TRAINING_INSTANCE, key | {"stage": [1] * queries, "query": texts} | pairs | shares)
 
 
 def ours_process(folder: Path, products: int, found: dict[str, Any]) -> NDArray[np.int64]:
@@ -250,6 +319,10 @@ def contestant(name: str, folder: Path, products: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if name.startswith("st_"):
         sentence_transformers(folder, products, found, use_faiss=name == "st_faiss")
+    elif name == "job":
+        job(folder, products, found)
+    elif Path(name).is_dir():
+        write_lake(name, folder, products)
     else:
         runs = {"ours": ours, "ours_process": ours_process, "bare_faiss": bare_faiss}
         runs |= {kind: partial(indexed, kind=kind) for kind in INDEXES}
