@@ -64,8 +64,10 @@ def take_rows(table: pa.Table, row_N: NDArray[np.int64]) -> pa.Table:
     first_B = np.cumsum([0, *map(len, blocks)])
     block_N = np.searchsorted(first_B, row_N, side="right") - 1
     order_N = np.argsort(block_N, kind="stable")
-    parts = []
-    for number in np.unique(block_N).tolist():
-        own = order_N[slice(*np.searchsorted(block_N[order_N], (number, number + 1)))]
-        parts.append(blocks[number].take(pa.array(row_N[own] - first_B[number])))
+    start_B = np.searchsorted(block_N[order_N], np.arange(len(blocks) + 1))
+    parts = [
+        block.take(pa.array(row_N[order_N[start:end]] - first))
+        for block, first, start, end in zip(blocks, first_B[:-1], start_B[:-1], start_B[1:], strict=True)
+        if start < end
+    ]
     return pa.Table.from_batches(parts, table.schema).take(pa.array(np.argsort(order_N)))
