@@ -54,9 +54,9 @@ def assay(*words):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_both_engines_write_the_same_tables(tmp_path, connect_url):
-    """About 5 minutes."""
+    """About 6 minutes."""
     small = ["recipe.num_products=100", "recipe.num_queries=20", "recipe.num_sessions=100"]
     remote = ["placement.spark.engine=connect", f"placement.spark.connect_url={connect_url}"]
     lakes = {"local": [], "connect": remote}
