@@ -83,15 +83,17 @@ def prior_of(mean: float, variance: float) -> Prior:
 def strength_around(mean: Column, successes: Column) -> Column:
     """Aggregate: looks that a Beta prior is worth which has a mean of its own for every pair; as `fit_priors` finds it.
 
-    Variances of rates are taken as m (1 - m) / (strength + 1), with the same strength for all means m.
+    Variances of rates are taken as m (1 - m) / (strength + 1), with the same strength for all means m. A pair counts
+    about once, as in a likelihood: by the squares of their looks a few pairs that all shoppers see would decide.
 
     Args:
         mean: of a pair; beside it columns `trials` and `squares`.
     """
     trials, squares = sf.col("trials"), sf.col("squares")
     off = successes - mean * trials
-    variance = sf.sum(off * off - mean * trials + mean * mean * squares)
-    at_most = sf.sum(mean * (1 - mean) * (trials * trials - squares))
+    once = sf.greatest(trials, sf.lit(1.0)) ** -2
+    variance = sf.sum(once * (off * off - mean * trials + mean * mean * squares))
+    at_most = sf.sum(once * mean * (1 - mean) * (trials * trials - squares))
     least, most = map(sf.lit, _STRENGTHS)
     return sf.when(variance > 0, sf.least(sf.greatest(at_most / variance - 1, least), most)).otherwise(most)
 

@@ -33,10 +33,10 @@ def as_frame(spark, query, shown, look, clicks, dataset="d"):
     return spark.createDataFrame(rows, SCHEMA)
 
 
-def strength(successes, mean, trials, squares):
+def strength(successes, mean, trials, squares, weight=1.0):
     off = successes - mean * trials
-    variance = (off**2 - mean * trials + mean**2 * squares).sum()
-    return float(np.clip((mean * (1 - mean) * (trials**2 - squares)).sum() / variance - 1, 0.5, 1e5))
+    variance = (weight * (off**2 - mean * trials + mean**2 * squares)).sum()
+    return float(np.clip((weight * mean * (1 - mean) * (trials**2 - squares)).sum() / variance - 1, 0.5, 1e5))
 
 
 def test_a_rate_is_drawn_to_its_query_and_its_share_of_looks(spark):
@@ -59,7 +59,7 @@ def test_a_rate_is_drawn_to_its_query_and_its_share_of_looks(spark):
     part = (share[:, None] > bounds).sum(1)
     lift = (np.bincount(part, clicks) + 1) / (np.bincount(part, trials * mean) + 1)
     mean = np.minimum(mean * lift[part], 0.99)
-    k = strength(clicks, mean, trials, squares)
+    k = strength(clicks, mean, trials, squares, 1 / np.maximum(trials, 1) ** 2)
     expected = (clicks + k * mean) / (np.maximum(trials, clicks) + k)
     assert found.click_rate.to_numpy() == pytest.approx(expected, rel=1e-6)
     assert (found.click_rate_low < found.click_rate).all()
@@ -73,6 +73,23 @@ def test_a_rate_is_drawn_to_its_query_and_its_share_of_looks(spark):
     assert ordered[1] > ordered[0] + 0.1
     assert set(found.columns) >= {f"{name}{end}" for name in RATES.values() for end in ("", "_low", "_high")}
     assert "part" not in found.columns
+
+
+def test_a_few_pairs_that_all_shoppers_see_do_not_decide_how_much_rates_vary(spark):
+    rng = np.random.default_rng(2)
+    query = np.repeat(np.arange(400), 10)
+    rate = rng.beta(2.0, 8.0, len(query))  # worth ten looks
+    shown = np.where(rng.random(len(query)) < 0.005, 3000, 1 + rng.poisson(8, len(query)))
+    # those are liked by nearly all or by nearly none
+    rate[shown == 3000] = np.where(rng.random((shown == 3000).sum()) < 0.5, 0.01, 0.6)
+    look = np.ones(len(query))
+    frame = as_frame(spark, query, shown, look, rng.binomial(shown, rate))
+    found = with_rates(frame, EngagementRecipe(num_exposures=1)).toPandas()
+    # one more click moves the rate by 1 / (looks + strength)
+    alike = found[found.trials == 9]
+    slope, _ = np.polyfit(alike.clicks, alike.click_rate, 1)
+    # what such pairs do to the means of their queries takes some of the ten; by the squares of looks less than one is left
+    assert 4 < 1 / slope - 9 < 14
 
 
 def test_what_nobody_looked_at_has_no_rate_and_leaves_the_others_theirs(spark):
