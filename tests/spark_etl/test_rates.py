@@ -88,7 +88,7 @@ def test_a_few_pairs_that_all_shoppers_see_do_not_decide_how_much_rates_vary(spa
     # one more click moves the rate by 1 / (looks + strength)
     alike = found[found.trials == 9]
     slope, _ = np.polyfit(alike.clicks, alike.click_rate, 1)
-    # what such pairs do to the means of their queries takes some of the ten; by the squares of looks less than one is left
+    # what such pairs do to the means of their queries takes some of the ten; by squares of looks less than one is left
     assert 4 < 1 / slope - 9 < 14
 
 
