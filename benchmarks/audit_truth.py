@@ -1,6 +1,6 @@
 """The audit on simulated shops with planted wrong grades: what a review of few pairs finds.
 
-    python -m benchmarks.audit_truth [--quick]
+    python -m benchmarks.audit_truth [--quick] [--planted SHARE ...]
 
 Each shop is simulated, ingested and audited by the jobs of the same names, over real Delta tables, with planted errors
 in 5, 10 and 20 % of the judged pairs. Its ranker is as sticky and as wrong as those of shops: a product's place hardly
@@ -183,10 +183,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, 5 and 10 % planted")
-    quick = parser.parse_args(argv).quick
-    rows = []
+    parser.add_argument("--planted", type=float, nargs="+", help="shares of the judged pairs; else 0.05, 0.1 and 0.2")
+    given = parser.parse_args(argv)
+    quick, rows = given.quick, []
+    shares = given.planted or ((0.05, 0.1) if quick else (0.05, 0.1, 0.2))
     for seed in range(1 if quick else 5):
-        for planted in (0.05, 0.1) if quick else (0.05, 0.1, 0.2):
+        for planted in shares:
             start = time.perf_counter()
             with tempfile.TemporaryDirectory() as folder:
                 lake = audited(Path(folder), seed, planted)
