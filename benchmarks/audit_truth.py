@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"seed {seed} planted {planted}: {told} ({time.perf_counter() - start:.0f} s)", flush=True)
     crews = annotators.compare(2 if quick else 5)
     print(f"planted annotators: {json.dumps(crews['rows'])}", flush=True)
-    counted = [row for row in rows if row["planted"] <= 0.1]
+    counted = [row for row in rows if row["planted"] <= 0.1] or rows
     ratios = {
         "errors_found_vs_random": min(row["audit"] for row in counted),
         "errors_found_vs_best_single_signal": min(row["ratio_best_single"] for row in counted),
