@@ -108,7 +108,7 @@ def prepare(folder: Path, products: int, queries: int, titles: int) -> None:
     from embeddings.recipes import EncoderRecipe
 
     place = folder / f"products-{products}"
-    if (folder / f"queries-{products}.npy").is_file():
+    if (folder / f"queries-{products}.npy").is_file() and _words(folder, products).is_file():
         return
     torch.set_num_threads(2)
     model, fast = build_encoder(EncoderRecipe()), has_fast_bf16()
