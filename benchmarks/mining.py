@@ -72,9 +72,9 @@ def watched(found: dict[str, Any]) -> Iterator[None]:
         own = psutil.Process()
         while not stop.wait(0.2):
             for process in [own, *own.children(recursive=True)]:
+                kind = "driver" if process == own else "searcher"
                 try:
-                    kind = "driver" if process == own else "searcher" if "_Searcher" in process.name() else ""
-                    if kind:
+                    if process == own or "_Searcher" in process.name():
                         most[kind] = max(most[kind], _anonymous_mb(process.pid))
                 except (OSError, psutil.Error):
                     continue
@@ -191,7 +191,7 @@ def job(folder: Path, products: int, found: dict[str, Any]) -> None:
     from jobs import mine_hard_pairs
 
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        command = [sys.executable, "-m", "benchmarks.mining", "--one", place, "--folder", str(folder)]
+        command = [sys.executable, "-m", "benchmarks.mining", "--lake", place, "--folder", str(folder)]
         subprocess.run([*command, "--products", str(products)], check=True, capture_output=True)
         with watched(found):
             mine_hard_pairs.run(mine_hard_pairs.Config(lake=place, inputs=mine_hard_pairs.Inputs(model="model")))
@@ -321,8 +321,6 @@ def contestant(name: str, folder: Path, products: int) -> dict[str, Any]:
         sentence_transformers(folder, products, found, use_faiss=name == "st_faiss")
     elif name == "job":
         job(folder, products, found)
-    elif Path(name).is_dir():
-        write_lake(name, folder, products)
     else:
         runs = {"ours": ours, "ours_process": ours_process, "bare_faiss": bare_faiss}
         runs |= {kind: partial(indexed, kind=kind) for kind in INDEXES}
@@ -350,8 +348,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--contestants", default="")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--lake", default="", help=argparse.SUPPRESS)
     parser.add_argument("--folder", default="", help="keeps vectors between runs; empty: a temporary one")
     given = parser.parse_args()
+    if given.lake:
+        write_lake(given.lake, Path(given.folder), given.products)
+        return
     if given.one:
         print(json.dumps(contestant(given.one, Path(given.folder), given.products)))
         return

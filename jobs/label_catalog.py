@@ -286,8 +286,6 @@ class _DatasetCandidates:
 
     def _found(self, new_Q: NDArray[np.int64], new_P: NDArray[np.int64]) -> list[tuple[str, Pairs]]:
         """Queries of new products and products of new queries, by words and by cosine."""
-        from embeddings.exact import ExactSearch
-
         recipe, found = self.recipe, []
         # vectors of millions of products fill no memory
         for start in range(0, len(new_P), _PRODUCTS_AT_ONCE):
@@ -295,6 +293,9 @@ class _DatasetCandidates:
             product_N, query_N = nearest(self.vectors.take(own), self.query_QD, recipe.embedding_per_product)
             found.append(("embedding", (query_N, own[product_N])))
         if recipe.products_per_new_query and len(new_Q):
+            # a night without new queries needs no torch for this
+            from embeddings.exact import ExactSearch
+
             search = ExactSearch(self.vectors, np.arange(len(self.vectors)))
             _, row_QK = search.search(self.query_QD[new_Q], recipe.products_per_new_query)
             found.append(("embedding", (np.repeat(new_Q, row_QK.shape[1]), row_QK.ravel())))

@@ -104,8 +104,7 @@ def rows(
     with _readable(lake, spec, version):
         table = open_table(lake, spec, version)
         names = list(columns) if columns else spec.column_names
-        held = {field.name for field in table.schema().fields}
-        found = table.to_pyarrow_table(columns=[name for name in names if name in held], filters=where)
+        found = table.to_pyarrow_table(columns=_held(table, names), filters=where)
         return plain(with_gained(spec, found, names))
 
 
@@ -131,17 +130,19 @@ def sorted_rows(
     """
     with _readable(lake, spec, version):
         table = open_table(lake, spec, version)
-        held = {field.name for field in table.schema().fields}
         # no more than a few blocks at once
         batches = table.to_pyarrow_dataset().to_batches(
-            columns=[name for name in columns if name in held],
-            filter=where,
-            batch_readahead=2,
-            fragment_readahead=1,
+            columns=_held(table, columns), filter=where, batch_readahead=2, fragment_readahead=1
         )
-        parts = (plain(with_gained(spec, pa.Table.from_batches([batch]), columns)) for batch in batches)
         kinds = pa.schema([(name, spec.schema.field(name).type) for name in columns])
-        return in_order(mapped((part.cast(kinds) for part in parts), kinds), by)
+        parts = (with_gained(spec, pa.Table.from_batches([batch]), columns).cast(kinds) for batch in batches)
+        return in_order(mapped(parts, kinds), by)
+
+
+def _held(table: DeltaTable, names: Sequence[str]) -> list[str]:
+    """Those of the columns that the table has; its specification may have gained others since."""
+    held = {field.name for field in table.schema().fields}
+    return [name for name in names if name in held]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby
@@ -159,14 +159,14 @@ def embed(
         for part in missing
     ]
     encode: Callable[[list[pa.Table]], Iterator[int]]
+    arguments = given, threads_per_worker, use_gpu, batch_tokens
     if total <= own_texts and not use_gpu:
-        encode = partial(_encode_here, _PartEncoder(given, threads_per_worker, use_gpu, batch_tokens))
+        encode = partial(_encode_here, _PartEncoder(*arguments))
     else:
         size = min(num_workers, len(missing))
         check_resources(size * threads_per_worker, size * int(use_gpu))
         quiet_data()
-        where = {"num_cpus": threads_per_worker, "num_gpus": int(use_gpu)}
-        encode = partial(_encode_there, (given, threads_per_worker, use_gpu, batch_tokens), size, where)
+        encode = partial(_encode_there, arguments, size)
     for num_rows in chain.from_iterable(map(encode, _blocks(missing))):
         encoded += num_rows
         seconds = time.monotonic() - started
@@ -278,17 +278,17 @@ def _encode_here(encoder: _PartEncoder, blocks: Sequence[pa.Table]) -> Iterator[
             yield encoder(block)["num_rows"][0].as_py()
 
 
-def _encode_there(
-    given: tuple[Any, ...], size: int, resources: Mapping[str, int], blocks: Sequence[pa.Table]
-) -> Iterator[int]:
-    """The same by a pool of so many actors, whose encoders are given that and take those resources each."""
-    pool = ray.data.from_arrow(list(blocks)).map_batches(
+def _encode_there(arguments: tuple[Sequence[_Job], int, bool, int], size: int, blocks: list[pa.Table]) -> Iterator[int]:
+    """The same by a pool of at most so many actors, each of them a `_PartEncoder` of these arguments."""
+    _, threads, use_gpu, _ = arguments
+    pool = ray.data.from_arrow(blocks).map_batches(
         _PartEncoder,
-        fn_constructor_args=given,
+        fn_constructor_args=arguments,
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=min(size, len(blocks))),
-        **resources,
+        num_cpus=threads,
+        num_gpus=int(use_gpu),
     )
     for row in pool.iter_rows():
         yield row["num_rows"]
