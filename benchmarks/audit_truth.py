@@ -160,13 +160,16 @@ def measure(lake: Lake, truth: Path) -> dict[str, float]:
 
 
 def _correlations(seen: Mapping[Pair, Mapping[str, Any]], true: Mapping[Pair, int]) -> dict[str, float]:
-    """Spearman's correlation with the true grade: of clicks per impression and of clicks per look."""
+    """Spearman's correlation with the true grade: of clicks per impression, of clicks per look, and of attraction."""
     from scipy.stats import spearmanr
 
     grade = [true.get(pair, 0) for pair in seen]
     raw = [row["clicks"] / max(row["impressions"], 1) for row in seen.values()]
-    rates = {"raw_click_rate": raw, "click_rate": [row["click_rate"] for row in seen.values()]}
-    return {f"spearman_{name}": float(spearmanr(values, grade).statistic) for name, values in rates.items()}
+    rates = {name: [row[name] for row in seen.values()] for name in ("click_rate", "attraction")}
+    return {
+        f"spearman_{name}": float(spearmanr(values, grade).statistic)
+        for name, values in [("raw_click_rate", raw), *rates.items()]
+    }
 
 
 def _evidence(row: Mapping[str, Any]) -> float:

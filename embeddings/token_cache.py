@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from embeddings.encoder import Side, tokenize, transformers_of
+from embeddings.encoder import Side, place_features, tokenize, transformers_of
+from embeddings.packing import first_place, pack, pack_rows
 
 IDS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
 MAX_TEXTS: Final = 2_000_000
@@ -53,6 +54,20 @@ class TokenCache:
         if not self._keep(texts, side):
             return tokenize(self.model, texts, side)
         return self._padded([self._ids[side, text] for text in texts], side)
+
+    def packed(self, texts: Sequence[str], side: Side) -> dict[str, Any]:
+        """The texts in one row without padding, for a model whose backbones `packing.pack_backbones` took."""
+        if not self._keep(texts, side):
+            return pack(self.model, tokenize(self.model, texts, side), side)
+        found = pack_rows([self._ids[side, text] for text in texts], first_place(self.model, side))
+        others = {name: value for name, value in self._features[side].items() if value is not None}
+        return place_features(others | found, self.model.device)
+
+    def lengths(self, texts: Sequence[str], side: Side) -> NDArray[np.int64]:
+        """What texts are ordered by so that neighbours are about as long, [N]: tokens where they are kept."""
+        if self._keep(texts, side):
+            return np.array([len(self._ids[side, text]) for text in texts], dtype=np.int64)
+        return np.array([len(text) for text in texts], dtype=np.int64)
 
     def counts(self, texts: Sequence[str], side: Side) -> NDArray[np.int64]:
         """Tokens of each text, [N], those that begin and end it with them."""

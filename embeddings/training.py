@@ -38,13 +38,14 @@ from embeddings.gradient_cache import backward_in_passes
 from embeddings.lexical import CatalogText
 from embeddings.lexical_teacher import LexicalTeacher
 from embeddings.losses import lexical_loss
+from embeddings.packing import pack_backbones
 from embeddings.ranking_losses import loss_by_grades
 from embeddings.recipes import TrainRecipe as TrainRecipe
 from embeddings.token_cache import TokenCache
 
-TEXTS_PER_GROUP = {False: 128, True: 1024}
-"""Documents of one forward pass without and with CUDA. A step's texts padded to the longest of them all cost a CPU time
-and memory for padding; a GPU wants few, large passes. 48 and 24 on a CPU were slower (benchmarks/results.md)."""
+TEXTS_PER_GROUP = {"padded": 128, "packed": 256, "cuda": 1024}
+"""Documents of one forward pass. On a processor a step's texts padded to the longest of them all cost time and memory
+for padding, and groups of 48 and 24 were slower; a card wants few, large passes (benchmarks/results.md)."""
 
 
 def plan_steps(recipe: TrainRecipe, sampler: InstanceSampler) -> int:
@@ -107,6 +108,7 @@ class ContrastiveTrainer:
         compiled: fuses the backbone's small operations (torch.compile): a minute or two at the first step, then fast.
         recomputed: keeps what goes into a layer alone and computes the rest again for the gradient (gradient
             checkpointing): less memory, about a third more time, the same gradient.
+        packs: has no products' texts padded where the backbone allows it; None: on processors, not compiled.
 
     Raises:
         ValueError: no instance has a contrast, or there are lexical steps and hardly any products.
@@ -135,6 +137,7 @@ class ContrastiveTrainer:
         catalog: Sequence[CatalogText] = (),
         compiled: bool = False,
         recomputed: bool = False,
+        packs: bool | None = None,
     ) -> None:
         self.model, self.recipe, self.rank, self.world_size = model, recipe, rank, world_size
         if recipe.lora_rank:
@@ -149,6 +152,8 @@ class ContrastiveTrainer:
             compile_layers(model)
         self.bf16 = use_bf16(recipe, model.device.type)
         self.tokens = TokenCache(model)
+        self.packs = (model.device.type == "cpu" and not compiled if packs is None else packs) and pack_backbones(model)
+        self._kind_of_group = "cuda" if model.device.type == "cuda" else "packed" if self.packs else "padded"
         self.sampler = InstanceSampler(
             instances,
             recipe.batch,
@@ -319,9 +324,9 @@ class ContrastiveTrainer:
             loss.backward()  # type: ignore[no-untyped-call]
             return metrics
         batch = self._batch(step)
-        queries, documents = (
-            self._groups(texts, self.recipe.texts_per_pass) for texts in (batch.query_texts, batch.document_texts)
-        )
+        size = self.recipe.texts_per_pass
+        queries = self._groups(batch.query_texts, "query", size)
+        documents = self._groups(batch.document_texts, "document", size)
         # the last pass holds both kinds, so that it touches both heads
         parts: list[tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]] = [
             *((group, None) for group in queries[1:]),
@@ -351,7 +356,7 @@ class ContrastiveTrainer:
         """Vectors of some queries and products of a step, with the same dropout every time."""
         torch.manual_seed(stable_seed(self.recipe.seed, seed, self.rank))
         query_groups = [] if queries is None else [self.tokens(_at(batch.query_texts, queries), "query")]
-        document_groups = [] if documents is None else [self.tokens(_at(batch.document_texts, documents), "document")]
+        document_groups = [] if documents is None else [self._product_tokens(batch.document_texts, documents)]
         with self._computing():
             vectors: tuple[Tensor, Tensor] = self._parallel(query_groups, document_groups)
         return vectors
@@ -387,20 +392,25 @@ class ContrastiveTrainer:
 
     def _vectors(self, query_features: Mapping[str, Any], document_texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Vectors of the queries and of the documents, in their order."""
-        groups = self._groups(document_texts, TEXTS_PER_GROUP[self.model.device.type == "cuda"])
+        groups = self._groups(document_texts, "document", TEXTS_PER_GROUP[self._kind_of_group])
         with self._computing():
             query_UD, grouped_UD = self._parallel(
                 [query_features],
-                [self.tokens(_at(document_texts, group), "document") for group in groups],
+                [self._product_tokens(document_texts, group) for group in groups],
             )
         return query_UD, grouped_UD[_places(groups).to(query_UD.device)]
 
-    def _groups(self, texts: Sequence[str], size: int) -> list[NDArray[np.int64]]:
+    def _product_tokens(self, texts: Sequence[str], places: NDArray[np.int64]) -> dict[str, Any]:
+        """Token tensors of some products' texts, padded or packed."""
+        read = self.tokens.packed if self.packs else self.tokens
+        return read(_at(texts, places), "document")
+
+    def _groups(self, texts: Sequence[str], side: Side, size: int) -> list[NDArray[np.int64]]:
         """The texts' places by length, at most `size` in a group.
 
         Where weights are spread, as many groups as the worker with most has: each takes part in every pass of another.
         """
-        groups = by_length(texts, size)
+        groups = by_length(self.tokens.lengths(texts, side), size)
         if not self.is_sharded:
             return groups
         most = torch.tensor(len(groups), device=self.model.device)
@@ -447,9 +457,9 @@ class ContrastiveTrainer:
         return factor * peak
 
 
-def by_length(texts: Sequence[str], size: int) -> list[NDArray[np.int64]]:
-    """Positions of the texts in groups of at most `size`, shortest first, so that little of a group is padding."""
-    order = np.array(sorted(range(len(texts)), key=lambda place: (len(texts[place]), place)), dtype=np.int64)
+def by_length(length_N: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    """Positions of texts in groups of at most `size`, shortest first, so that little of a group is padding."""
+    order = np.argsort(length_N, kind="stable")
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 

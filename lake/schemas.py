@@ -492,13 +492,20 @@ ENGAGEMENT = TableSpec(
                 (f"{rate}_high", "upper end of the 95 % interval"),
             )
         ),
+        Column(
+            "attraction",
+            FLOAT64,
+            "clicks per look that the pair's clicks, carts and purchases together let expect",
+            "0..1",
+            nullable=True,
+        ),
     ),
     checks=(
         ("counts_are_counts", "impressions >= 0 AND clicks >= 0 AND carts >= 0 AND purchases >= 0"),
         ("expectation_and_rate_are_positive", "expected_clicks >= 0 AND corrected_rate > 0"),
         *(
             (f"{rate}_is_a_rate", f"{rate} IS NULL OR ({rate} >= 0 AND {rate} <= 1)")
-            for rate in ("click_rate", "cart_rate", "purchase_rate")
+            for rate in ("click_rate", "cart_rate", "purchase_rate", "attraction")
         ),
     ),
 )

@@ -25,11 +25,12 @@ pairs[["title", "grade", "likely_grade", "kind", "wrong_probability", "why"]]
 
 # COMMAND ----------
 # MAGIC %md ## Evidence
-# MAGIC Marks as given; behaviour per look with its 95 % interval; the labeller (p); all together (posterior).
+# MAGIC Marks as given; behaviour per look with its 95 % interval; attraction, the clicks per look that clicks, carts and
+# MAGIC purchases together let expect; the labeller (p); all together (posterior).
 
 # COMMAND ----------
 evidence = ["title", "grade", "marks", "impressions", "examinations", "clicks", "carts", "purchases"]
-evidence += ["click_rate", "click_rate_low", "click_rate_high", "cart_rate", "purchase_rate"]
+evidence += ["click_rate", "click_rate_low", "click_rate_high", "cart_rate", "purchase_rate", "attraction"]
 pairs[[*evidence, "p0", "p1", "p2", "posterior_0", "posterior_1", "posterior_2"]]
 
 # COMMAND ----------

@@ -12,6 +12,7 @@ from __future__ import annotations
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as sf
 
+from spark_etl.attraction import with_attraction
 from spark_etl.quantiles import as_data, with_part
 from spark_etl.recipes import EngagementRecipe
 from spark_etl.shrinkage import fit_priors, posterior, strength_around
@@ -24,10 +25,13 @@ _LEAST_MEAN, _MOST_MEAN = 1e-9, 0.99
 
 
 def with_rates(pairs: DataFrame, recipe: EngagementRecipe) -> DataFrame:
-    """Adds each rate per look, and as NAME_low and NAME_high its 95 % interval; null where a data set has no look.
+    """Adds each rate per look, as NAME_low and NAME_high its 95 % interval, and attraction.
+
+    All are null where a data set has no look.
 
     Args:
-        pairs: QUERY_KEY, stratum (of the query), trials, squares and the columns of RATES; see `fit_priors`.
+        pairs: QUERY_KEY, product_id, stratum (of the query), trials, squares and the columns of RATES; see
+            `fit_priors`.
     """
     placed = _with_expected(pairs, recipe).persist()
     try:
@@ -38,9 +42,10 @@ def with_rates(pairs: DataFrame, recipe: EngagementRecipe) -> DataFrame:
         means = {name: sf.col(f"{name}_mean") for name in RATES}
         known = [strength_around(mean, sf.col(name)).alias(f"{name}_strength") for name, mean in means.items()]
         strengths = as_data(meant.groupBy("dataset").agg(*known))
+        attracting = with_attraction(meant, list(RATES), _MOST_MEAN)
     finally:
         placed.unpersist()
-    strong = meant.join(sf.broadcast(strengths), on="dataset", how="left")
+    strong = attracting.join(sf.broadcast(strengths), on="dataset", how="left")
     columns: dict[str, Column] = {}
     for name, rate in RATES.items():
         strength = sf.col(f"{name}_strength")

@@ -470,16 +470,30 @@ def test_validation_queries_search_the_products_of_their_own_data_set():
 
 
 def test_texts_are_grouped_by_length_and_every_text_once():
-    groups = by_length(["ccc", "a", "dddd", "bb", "e"], 2)
+    groups = by_length(np.array([3, 1, 4, 2, 1]), 2)
     assert [group.tolist() for group in groups] == [[1, 4], [3, 0], [2]]
 
 
 def test_grouping_does_not_change_the_loss(build, monkeypatch):
     losses = []
     for size in (3, 1000):
-        monkeypatch.setattr("embeddings.training.TEXTS_PER_GROUP", {False: size, True: size})
+        monkeypatch.setattr("embeddings.training.TEXTS_PER_GROUP", dict.fromkeys(("padded", "packed"), size))
         losses.append(build(TrainRecipe(precision="fp32", batch=BATCH), dropout=0.0).step_loss(0)[0].item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("texts_per_pass", [0, 5])
+def test_packed_products_train_as_padded_ones(build, texts_per_pass):
+    recipe = TrainRecipe(precision="fp32", batch=BATCH, max_steps=4, texts_per_pass=texts_per_pass)
+    packed, padded = (build(recipe, dropout=0.0, packs=packs) for packs in (None, False))
+    assert packed.packs
+    assert not padded.packs
+    for own, other in zip(run(packed, 4), run(padded, 4), strict=True):
+        assert own == pytest.approx(other, rel=1e-4, abs=1e-5)
+    expected = parameters(padded)
+    for name, value in parameters(packed).items():
+        # softmax does not see the keys' bias: its gradient is rounding alone, which Adam makes as large as any
+        assert "key.bias" in name or torch.allclose(value, expected[name], atol=1e-5), name
 
 
 def test_a_recipes_dropout_takes_the_place_of_the_backbones(build):
