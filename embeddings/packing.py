@@ -78,17 +78,17 @@ def packed_attention(
         )
         return plain
     shapes = list(runs(others[BOUNDS]))
-    # split and not sliced: the gradient of every slice would be as large as the whole
-    parts = [
-        [
-            part.reshape(part.shape[0], *shape, part.shape[2]).transpose(0, 1)
-            for part, shape in zip(whole[0].split([num * length for num, length in shapes], dim=1), shapes, strict=True)
-        ]
-        for whole in (query, key, value)
-    ]
+    sizes = [num * length for num, length in shapes]
+
+    def texts_of(whole: Tensor) -> list[Tensor]:
+        """Texts of each run, [N, H, L, C]."""
+        # split and not sliced: the gradient of every slice would be as large as the whole
+        parts = zip(torch.split(whole[0], sizes, dim=1), shapes, strict=True)
+        return [part.reshape(part.shape[0], *shape, part.shape[2]).transpose(0, 1) for part, shape in parts]
+
     attended = [
         functional.scaled_dot_product_attention(*texts, dropout_p=dropout, scale=scaling)
-        for texts in zip(*parts, strict=True)
+        for texts in zip(texts_of(query), texts_of(key), texts_of(value), strict=True)
     ]
     return torch.cat([texts.transpose(1, 2).flatten(0, 1) for texts in attended])[None], None
 

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
@@ -109,6 +110,7 @@ class ContrastiveTrainer:
         recomputed: keeps what goes into a layer alone and computes the rest again for the gradient (gradient
             checkpointing): less memory, about a third more time, the same gradient.
         packs: has no products' texts padded where the backbone allows it; None: on processors, not compiled.
+        tokens: shards of the texts' tokens, of `token_cache.token_shard` by the same encoder.
 
     Raises:
         ValueError: no instance has a contrast, or there are lexical steps and hardly any products.
@@ -138,6 +140,7 @@ class ContrastiveTrainer:
         compiled: bool = False,
         recomputed: bool = False,
         packs: bool | None = None,
+        tokens: Sequence[pa.Table] = (),
     ) -> None:
         self.model, self.recipe, self.rank, self.world_size = model, recipe, rank, world_size
         if recipe.lora_rank:
@@ -151,7 +154,7 @@ class ContrastiveTrainer:
         if compiled:
             compile_layers(model)
         self.bf16 = use_bf16(recipe, model.device.type)
-        self.tokens = TokenCache(model)
+        self.tokens = TokenCache(model, shards=tokens)
         self.packs = (model.device.type == "cpu" and not compiled if packs is None else packs) and pack_backbones(model)
         self._kind_of_group = "cuda" if model.device.type == "cuda" else "packed" if self.packs else "padded"
         self.sampler = InstanceSampler(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
@@ -33,6 +34,11 @@ from ray_apps.tracking import NOBODY, Tracking
 log = logging.getLogger(__name__)
 
 SCORE = "validation_ndcg@10"
+TOKENISED_FROM = 200_000
+"""Texts of a training set from which on they are tokenised before it begins, and lie once on each node; of fewer, each
+worker keeps those that come to it."""
+TEXTS_PER_SHARD = 100_000
+_SHARDS_WITHIN_SEC = 120.0
 ENCODER_FOLDER = "encoder"
 """Below a checkpoint that was measured."""
 
@@ -131,7 +137,8 @@ def train(
     trainer = TorchTrainer(
         _work,
         train_loop_config={
-            "task": ray.put(task),
+            "task": (kept := ray.put(task)),
+            "tokens": tokenise(task, kept),
             "threads": threads_per_worker,
             "run_folder": str(run_folder),
         },
@@ -166,6 +173,35 @@ def train(
     return metrics
 
 
+def tokenise(task: TrainTask, kept: ray.ObjectRef[TrainTask]) -> list[ray.ObjectRef[pa.Table | None]]:
+    """Shards of the tokens of a large training set's texts, Arrow tables in the cluster's memory; none of a small one.
+
+    Args:
+        task: what is trained.
+        kept: the same in the cluster's memory.
+    """
+    queries = sorted({instance.query for instance in task.instances})
+    products = sorted({product for instance in task.instances for product in (*instance.products, *instance.contrasts)})
+    if len(queries) + len(products) < TOKENISED_FROM:
+        return []
+    shard = ray.remote(_token_shard).options(num_cpus=1)
+    shards = [
+        shard.remote(kept, ray.put(texts[start : start + TEXTS_PER_SHARD]), side)
+        for side, texts in (("query", queries), ("document", products))
+        for start in range(0, len(texts), TEXTS_PER_SHARD)
+    ]
+    # before the workers take the CPUs
+    ray.wait(shards, num_returns=len(shards), fetch_local=False)
+    return shards
+
+
+def _token_shard(task: TrainTask, texts: Sequence[str], side: Literal["query", "document"]) -> pa.Table | None:
+    from embeddings.token_cache import token_shard
+    from ray_apps.train_worker import blank
+
+    return token_shard(blank(task, "cpu"), texts, side)
+
+
 def drop_checkpoints(storage: str, name: str) -> None:
     """Removes the checkpoints of a run whose encoder is saved and recorded."""
     shutil.rmtree(Path(storage, name), ignore_errors=True)
@@ -192,7 +228,14 @@ def _work(config: Mapping[str, Any]) -> None:
     # imported here: driver and controller load this module and need not wait for sentence-transformers
     from ray_apps.train_worker import TrainWorker
 
-    worker = TrainWorker(ray.get(config["task"]), config["run_folder"], config["threads"])
+    try:
+        # of a node's workers each reads the shards where the node holds them
+        tokens = [shard for shard in ray.get(config["tokens"], timeout=_SHARDS_WITHIN_SEC) if shard is not None]
+    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayTaskError) as error:
+        # a lost node's shards would be made again by CPUs that the workers have
+        log.warning("texts are tokenised as they come, since their shards are not to be had: %s", error)
+        tokens = []
+    worker = TrainWorker(ray.get(config["task"]), config["run_folder"], config["threads"], tokens)
     worker.resume()
     worker.run()
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import ray.train
 import ray.train.torch
 import torch
@@ -36,10 +37,25 @@ def save_pretrained(encoder: EncoderRecipe, text: TextRecipe, folder: str) -> No
     save_encoder(build_pretrained(encoder), folder, card)
 
 
-class TrainWorker:
-    """Trainer, validation and checkpoints of one worker."""
+def blank(task: TrainTask, device: str) -> SentenceTransformer:
+    """The encoder that a run starts from."""
+    if task.start:
+        return load_encoder(task.start, device=device)[0]
+    return build_encoder(task.encoder, device=device)
 
-    def __init__(self, task: TrainTask, run_folder: str, threads: int) -> None:
+
+class TrainWorker:
+    """Trainer, validation and checkpoints of one worker.
+
+    Args:
+        task: what to train.
+        run_folder: of the run's checkpoints.
+        threads: of torch.
+        tokens: shards of the task's texts as `embeddings.token_cache.token_shard` makes them; none: texts are tokenised
+            as they come.
+    """
+
+    def __init__(self, task: TrainTask, run_folder: str, threads: int, tokens: Sequence[pa.Table] = ()) -> None:
         torch.set_num_threads(threads)
         prepare_determinism()
         context = ray.train.get_context()
@@ -58,6 +74,7 @@ class TrainWorker:
             catalog=task.catalog,
             compiled=task.compiled,
             recomputed=task.recomputed,
+            tokens=tokens,
         )
         # only the first worker publishes; off the device, which needs it at no step
         self.other = self._other() if self.rank == 0 and task.recipe.mixed_share else None
@@ -68,10 +85,7 @@ class TrainWorker:
         self.trackers: Sequence[Tracker] = ()
 
     def _blank(self) -> SentenceTransformer:
-        """The encoder that the run starts from."""
-        if self.task.start:
-            return load_encoder(self.task.start, device=str(self.device))[0]
-        return build_encoder(self.task.encoder, device=str(self.device))
+        return blank(self.task, str(self.device))
 
     def _other(self) -> SentenceTransformer:
         """The encoder whose weights are mixed into what is published."""

@@ -1,10 +1,11 @@
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
 
 from embeddings import token_cache
 from embeddings.encoder import EncoderRecipe, build_encoder, tokenize, transformers_of
-from embeddings.token_cache import TokenCache
+from embeddings.token_cache import TokenCache, token_shard
 from tests.tiny_models import tiny_bert_folder
 
 BATCHES = [
@@ -87,3 +88,39 @@ def test_a_model_that_reads_more_than_ids_has_none_kept(folder, monkeypatch):
     for texts in BATCHES:
         assert tokens(texts, "query")["token_type_ids"].all()
     assert not len(tokens)
+
+
+def test_tokens_of_shards_are_those_of_the_tokenizer(folder):
+    model = model_of(folder)
+    texts = sorted({text for batch in BATCHES for text in batch})
+    shards = [
+        token_shard(model, texts[:3], "document"),
+        token_shard(model, texts[3:], "document"),
+        token_shard(model, texts[2:4], "query"),
+    ]
+    # as they come from files: in chunks, one of them empty
+    shards[1] = pa.concat_tables([shards[1].slice(0, 1), shards[1].slice(1, 0), shards[1].slice(1)])
+    tokens = TokenCache(model, shards=shards)
+    for batch in [*BATCHES, ["new"], texts]:
+        for side in ("document", "query"):
+            assert_same(tokens(batch, side), tokenize(model, batch, side))
+            assert tokens.counts(batch, side).tolist() == tokenize(model, batch, side)["attention_mask"].sum(1).tolist()
+            assert_same(tokens.packed(batch, side), TokenCache(model).packed(batch, side))
+    # what shards hold is not kept again
+    unknown = {("document", "new")} | {("query", text) for text in [*texts, "new"] if text not in texts[2:4]}
+    assert len(tokens) == len(unknown)
+
+
+def test_shards_of_nothing(folder):
+    model = model_of(folder)
+    tokens = TokenCache(model, shards=[token_shard(model, [], "query")])
+    assert_same(tokens(["a"], "query"), tokenize(model, ["a"], "query"))
+
+
+def test_a_model_that_reads_more_than_ids_has_no_shards(folder, monkeypatch):
+    def with_segments(model, texts, side, **others):
+        found = tokenize(model, texts, side, **others)
+        return found | {"token_type_ids": torch.ones_like(found["input_ids"])}
+
+    monkeypatch.setattr(token_cache, "tokenize", with_segments)
+    assert token_shard(model_of(folder), ["a"], "query") is None

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from embeddings.batches import BatchRecipe, Instance
 from embeddings.encoder import build_encoder, encode, load_encoder
 from embeddings.recipes import EncoderRecipe, TrainRecipe
 from embeddings.text import TextRecipe
+from ray_apps import train as ray_train
 from ray_apps.cluster import RayPlacement, connect
 from ray_apps.tracking import Tracking
-from ray_apps.train import TrainTask, drop_checkpoints, train
+from ray_apps.train import TrainTask, drop_checkpoints, tokenise, train
 from tests.ray_apps.test_tracking import events
 from tests.tiny_models import tiny_bert_folder
 
@@ -76,7 +78,7 @@ def farthest(left, right, names):
     return max((left[name] - right[name]).abs().max().item() for name in names)
 
 
-def test_two_workers_learn_what_one_learns(ray_cluster, tmp_path):
+def test_two_workers_learn_what_one_learns(ray_cluster, tmp_path, monkeypatch):
     bert = tiny_bert_folder(tmp_path / "bert", dropout=0.0)
     recipe = dataclasses.replace(RECIPE, max_steps=4, learning_rate=1e-4)
     pretrained = str(tmp_path / "pretrained")
@@ -86,10 +88,17 @@ def test_two_workers_learn_what_one_learns(ray_cluster, tmp_path):
         make_task(bert, "one", recipe, pretrained),
         dataclasses.replace(make_task(bert, "two", recipe), tracking=tracking),
     ]
-    one, two = (
-        run_training(tmp_path, dataclasses.replace(task, validation=[]), num_workers=number)
-        for number, task in enumerate(tasks, start=1)
-    )
+    one = run_training(tmp_path, dataclasses.replace(tasks[0], validation=[]))
+    # two read their tokens in shards
+    shards = []
+    monkeypatch.setattr(ray_train, "TOKENISED_FROM", 10)
+    monkeypatch.setattr(ray_train, "TEXTS_PER_SHARD", 16)
+    monkeypatch.setattr(ray_train, "tokenise", lambda *task: shards.extend(tokenise(*task)) or shards)
+    two = run_training(tmp_path, dataclasses.replace(tasks[1], validation=[]), num_workers=2)
+    texts = {("query", one.query) for one in tasks[1].instances}
+    texts |= {("document", product) for one in tasks[1].instances for product in one.products}
+    assert [len(shard) for shard in ray.get(shards)] == [16] * 4 == [16] * (len(texts) // 16)
+    monkeypatch.undo()
     assert one["steps"] == two["steps"] == one["published_step"] == 4
     assert [step for step, name, _ in events(tmp_path / "told") if name == "train/loss"] == [1, 2, 3, 4]
     start = build_encoder(EncoderRecipe(model=str(bert)))
