@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 ATTENTION: Final = "assay_packed"
 BOUNDS: Final = "cu_seq_lens_q"
 """Where texts begin in the row, and its end: the name that transformers and sentence-transformers have for it."""
+_PARTIAL: Final = ("sliding_window", "position_bias", "softcap", "s_aux")
+"""What transformers' backbones ask of an attention besides."""
 _PROBES: Final = ("shoes", "a red cotton t-shirt for men, large", "blue shirt")
 _TOLERANCE: Final = 1e-4
 """Between coordinates of unit vectors in float32; a token at a wrong place or of another text moves them by .01."""
@@ -71,12 +73,17 @@ def packed_attention(
     """Attention of texts in one row, [1, T, H, C], by the name and contract of transformers' interface.
 
     Features that are not packed have the attention that the backbone has without this.
+
+    Raises:
+        ValueError: the backbone wants packed tokens to see a part of their text alone, or some better than others.
     """
     if BOUNDS not in others:
         plain: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
         return plain
+    if partial := [name for name in _PARTIAL if others.get(name) is not None]:
+        raise ValueError(f"packed_attention: expected attention to all of a text alike, got {', '.join(partial)}")
     shapes = list(runs(others[BOUNDS]))
     sizes = [num * length for num, length in shapes]
 
@@ -144,7 +151,7 @@ def _without_tensors(features: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _looks_both_ways(backbone: torch.nn.Module) -> bool:
-    """Whether a backbone takes its attention from the interface and no text's token sees the later ones alone."""
+    """Whether a backbone takes its attention from the interface, and each token sees all of its text."""
     takes = getattr(backbone, "is_backend_compatible", lambda: False)
     return bool(takes()) and not any(getattr(module, "is_causal", False) for module in backbone.modules())
 

@@ -125,5 +125,18 @@ def test_places_of_roberta_begin_behind_the_paddings(folder):
     assert torch.allclose(forward(model, pack(model, features, "document"), "document"), expected, atol=1e-6)
 
 
+def test_a_backbone_with_a_window_is_not_packed(folder):
+    from transformers import ModernBertConfig, ModernBertModel
+
+    model = model_of(folder)
+    own = backbones_of(model)[0].model.config
+    sizes = {"vocab_size": own.vocab_size, "hidden_size": own.hidden_size, "intermediate_size": 32}
+    tokens = {"pad_token_id": 0, "cls_token_id": 0, "sep_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    backbone = ModernBertModel(ModernBertConfig(**sizes, **tokens, num_hidden_layers=3, num_attention_heads=2))
+    backbones_of(model)[0].model = backbone
+    assert not pack_backbones(model.eval())
+    assert backbone.config._attn_implementation == "sdpa"
+
+
 def test_runs_are_of_neighbours():
     assert list(runs(torch.tensor([0, 2, 4, 7, 9]))) == [(2, 2), (1, 3), (1, 2)]
