@@ -27,7 +27,7 @@ from pyspark.sql import functions as sf
 logger = logging.getLogger(__name__)
 
 NUM_CLASSES: Final = 6
-"""More are no likelier on simulated shops than chance makes them."""
+"""Eight are not worth their parameters on simulated shops (BIC), fewer order pairs worse (benchmarks/results.md)."""
 MAX_SAMPLE: Final = 20_000
 """Pairs of a data set that its classes are found from."""
 _FIRST_SHAPE: Final = 30.0

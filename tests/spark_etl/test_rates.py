@@ -73,6 +73,10 @@ def test_a_rate_is_drawn_to_its_query_and_its_share_of_looks(spark):
     assert ordered[1] > ordered[0] + 0.1
     assert set(found.columns) >= {f"{name}{end}" for name in RATES.values() for end in ("", "_low", "_high")}
     assert "part" not in found.columns
+    # half of the clicks went into the cart: what all events say is about what clicks say
+    assert found.attraction.between(0, 0.99).all()
+    assert np.corrcoef(found.attraction, found.click_rate)[0, 1] > 0.9
+    assert found.attraction.mean() == pytest.approx(found.click_rate.mean(), rel=0.1)
 
 
 def test_a_few_pairs_that_all_shoppers_see_do_not_decide_how_much_rates_vary(spark):
@@ -102,6 +106,7 @@ def test_what_nobody_looked_at_has_no_rate_and_leaves_the_others_theirs(spark):
     rates = {dataset: {} for dataset in ("d", "unseen", "one")}
     for row in found:
         rates[row["dataset"]][row["product_id"]] = row["click_rate"]
+        assert (row["attraction"] is None) == (row["click_rate"] is None)
     assert rates["d"] == pytest.approx(alone)
     assert set(rates["unseen"].values()) == {None}
     assert 0 < rates["one"]["p0"] <= 1
