@@ -70,9 +70,12 @@ def set_ray_train_defaults() -> None:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 
-def prepare_determinism() -> None:
-    """What cuBLAS wants before its first call where deterministic kernels are asked for; a value set outside stays."""
+def prepare_kernels() -> None:
+    """What the libraries below torch read at their first call in a worker; values set outside stay."""
+    # wanted where deterministic kernels are asked for
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # every step has shapes of its own, and kernels are kept with working memory for the last 1,024 of them
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from embeddings.text import TextRecipe
 from embeddings.training import ContrastiveTrainer, TwoTower
 from embeddings.validation import build_validation, validation_ndcg
 from lake.progress import write_progress
-from ray_apps.checkpoints import prepare_determinism
+from ray_apps.checkpoints import prepare_kernels
 from ray_apps.sharding import shard
 from ray_apps.tracking import NOBODY, Tracker, trackers
 from ray_apps.train import ENCODER_FOLDER, SCORE, TrainTask
@@ -57,7 +57,7 @@ class TrainWorker:
 
     def __init__(self, task: TrainTask, run_folder: str, threads: int, tokens: Sequence[pa.Table] = ()) -> None:
         torch.set_num_threads(threads)
-        prepare_determinism()
+        prepare_kernels()
         context = ray.train.get_context()
         self.task, self.run_folder = task, run_folder
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()

@@ -35,7 +35,7 @@ from embeddings.labeller import LabellerRecipe, PairEncoder
 from embeddings.labeller_model import LabellerTrainer, build_labeller, plain_probabilities, save_weights
 from embeddings.metrics import labeller_agreement
 from lake.progress import write_progress
-from ray_apps.checkpoints import SNAPSHOT_FILE, fit, is_resumable, prepare_determinism, set_ray_train_defaults
+from ray_apps.checkpoints import SNAPSHOT_FILE, fit, is_resumable, prepare_kernels, set_ray_train_defaults
 from ray_apps.cluster import check_resources, connect
 from ray_apps.placements import TunePlacement
 from ray_apps.sharding import shard
@@ -133,7 +133,7 @@ def _train_worker(given: dict[str, Any]) -> None:
     recipe: LabellerRecipe = given["recipe"]
     placement: TunePlacement = given["placement"]
     torch.set_num_threads(placement.threads_per_worker)
-    prepare_determinism()
+    prepare_kernels()
     context, device = train.get_context(), get_device()
     pairs = ray.get(given["pairs"])
     encoder = PairEncoder(resolve_model(recipe.model), recipe, load_guideline(recipe.guideline))
