@@ -25,8 +25,8 @@ pairs[["title", "grade", "likely_grade", "kind", "wrong_probability", "why"]]
 
 # COMMAND ----------
 # MAGIC %md ## Evidence
-# MAGIC Marks as given; behaviour per look with its 95 % interval; attraction, the clicks per look that clicks, carts and
-# MAGIC purchases together let expect; the labeller (p); all together (posterior).
+# MAGIC Marks as given; behaviour per look with its 95 % interval; attraction, the clicks per look that clicks, carts
+# MAGIC and purchases together let expect; the labeller (p); all together (posterior).
 
 # COMMAND ----------
 evidence = ["title", "grade", "marks", "impressions", "examinations", "clicks", "carts", "purchases"]
