@@ -69,5 +69,5 @@ def test_keys_texts_and_ends_of_intervals_have_no_distribution(spec, few, numeri
     if few is None:
         few = ["stratum"]
         numeric = ["impressions", "clicks", "carts", "purchases", "expected_clicks", "corrected_rate", "examinations"]
-        numeric += ["breadth", "click_rate", "cart_rate", "purchase_rate"]
+        numeric += ["breadth", "click_rate", "cart_rate", "purchase_rate", "attraction"]
     assert (told, ranked) == (few, numeric)
