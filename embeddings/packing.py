@@ -110,8 +110,6 @@ def pack_backbones(model: SentenceTransformer) -> bool:
     before = [backbone.model.config._attn_implementation for backbone in backbones]
     if any(not _looks_both_ways(backbone.model) for backbone in backbones):
         return False
-    AttentionInterface.register(ATTENTION, packed_attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     was_training = model.training
     try:
         model.eval()
@@ -141,13 +139,15 @@ def first_place(model: SentenceTransformer, side: Side) -> int:
 
 def pack(model: SentenceTransformer, features: Mapping[str, Any], side: Side) -> dict[str, Any]:
     """Padded features, which have nothing but ids, mask and a single segment, packed."""
-    rows = [ids[mask > 0] for ids, mask in zip(features["input_ids"], features["attention_mask"], strict=True)]
-    found = pack_rows([row.cpu().numpy() for row in rows], first_place(model, side))
-    return {**_without_tensors(features), **place_features(found, model.device)}
+    found = pack_rows(rows_of(features), first_place(model, side))
+    others = {name: value for name, value in features.items() if not isinstance(value, Tensor)}
+    return others | place_features(found, model.device)
 
 
-def _without_tensors(features: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in features.items() if not isinstance(value, Tensor)}
+def rows_of(features: Mapping[str, Any]) -> list[NDArray[np.int32]]:
+    """Token ids of each text of padded features, without padding."""
+    pairs = zip(features["input_ids"].cpu().numpy(), features["attention_mask"].cpu().numpy(), strict=True)
+    return [ids[mask > 0].astype(np.int32) for ids, mask in pairs]
 
 
 def _looks_both_ways(backbone: torch.nn.Module) -> bool:
@@ -166,3 +166,7 @@ def runs(bounds: Tensor) -> Iterator[tuple[int, int]]:
     """Number and length of the texts of equal length that stand side by side."""
     for length, texts in groupby(bounds.diff().tolist()):
         yield sum(1 for _ in texts), length
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -22,7 +22,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from embeddings.encoder import SIDES, Side, place_features, tokenize, transformers_of
-from embeddings.packing import first_place, pack, pack_rows
+from embeddings.packing import first_place, pack, pack_rows, rows_of
 
 IDS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
 MAX_TEXTS: Final = 2_000_000
@@ -39,7 +39,7 @@ def token_shard(model: SentenceTransformer, texts: Sequence[str], side: Side) ->
         found = tokenize(model, texts[start : start + _COUNTED], side, device="cpu")
         if not _is_plain(found):
             return None
-        ids += _ids_of(found)
+        ids += rows_of(found)
     high_N, low_N = _hashes(texts)
     bounds = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int32)
     flat = np.concatenate([np.empty(0, np.int32), *ids])
@@ -67,22 +67,23 @@ class _Shards:
 
     def __call__(self, texts: Sequence[str], side: Side) -> list[NDArray[np.int32] | None]:
         """Ids of each text; None where the shards have none."""
+        if not len(self):
+            return [None] * len(texts)
         start, end = self._bounds[SIDES.index(side) :][:2]
         high_N, low_N = _hashes(texts)
         place_N = start + np.searchsorted(self._high_S[start:end], high_N)
         is_there_N = place_N < end
-        place_N = np.minimum(place_N, max(len(self) - 1, 0))
-        if len(self):
-            is_there_N &= (self._high_S[place_N] == high_N) & (self._low_S[place_N] == low_N)
-        return [self._at(place) if there else None for place, there in zip(place_N, is_there_N, strict=True)]
+        place_N = np.minimum(place_N, len(self) - 1)
+        is_there_N &= (self._high_S[place_N] == high_N) & (self._low_S[place_N] == low_N)
+        row_N = self._row_S[place_N]
+        chunk_N = np.searchsorted(self._first_C, row_N, side="right") - 1
+        found = zip(is_there_N, chunk_N, row_N - self._first_C[chunk_N], strict=True)
+        return [self._at(chunk, row) if is_there else None for is_there, chunk, row in found]
 
-    def _at(self, place: int) -> NDArray[np.int32]:
-        row = self._row_S[place]
-        chunk = int(np.searchsorted(self._first_C, row, side="right")) - 1
+    def _at(self, chunk: int, row: int) -> NDArray[np.int32]:
         offset_R, id_T = self._ids[chunk]
-        begin, end = offset_R[row - self._first_C[chunk] :][:2]
-        found: NDArray[np.int32] = id_T[begin:end]
-        return found
+        ids: NDArray[np.int32] = id_T[offset_R[row] : offset_R[row + 1]]
+        return ids
 
 
 class TokenCache:
@@ -104,6 +105,7 @@ class TokenCache:
         self._shards = _Shards(shards) if shards else None
         self._ids: dict[tuple[Side, str], NDArray[np.int32]] = {}
         self._features: dict[Side, dict[str, Any]] = {}
+        self._first_places = {side: first_place(model, side) for side in SIDES}
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -119,7 +121,7 @@ class TokenCache:
         if rows is None:
             return pack(self.model, tokenize(self.model, texts, side), side)
         others = {name: value for name, value in self._features[side].items() if value is not None}
-        found = pack_rows(rows, first_place(self.model, side))
+        found = pack_rows(rows, self._first_places[side])
         return place_features(others | found, self.model.device)
 
     def lengths(self, texts: Sequence[str], side: Side) -> NDArray[np.int64]:
@@ -155,7 +157,7 @@ class TokenCache:
                 return None
             # the tensors' names, and what goes with every text of the side
             self._features[side] = {name: None if isinstance(value, Tensor) else value for name, value in found.items()}
-            self._ids |= {(side, text): ids for text, ids in zip(missing, _ids_of(found), strict=False)}
+            self._ids |= {(side, text): ids for text, ids in zip(missing, rows_of(found), strict=False)}
         return [known[text] if text in known else self._ids[side, text] for text in texts]
 
     def _padded(self, rows: Sequence[NDArray[np.int32]], side: Side) -> dict[str, Any]:
@@ -173,12 +175,6 @@ class TokenCache:
             name: tensors[name].to(self.model.device) if name in tensors else value
             for name, value in self._features[side].items()
         }
-
-
-def _ids_of(features: Mapping[str, Any]) -> list[NDArray[np.int32]]:
-    """Token ids of each text, without padding."""
-    pairs = zip(features[IDS].numpy(), features[MASK].numpy(), strict=True)
-    return [ids[mask > 0].astype(np.int32) for ids, mask in pairs]
 
 
 def _hashes(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:

@@ -137,8 +137,8 @@ def train(
     trainer = TorchTrainer(
         _work,
         train_loop_config={
-            "task": (kept := ray.put(task)),
-            "tokens": tokenise(task, kept),
+            "task": ray.put(task),
+            "tokens": tokenise(task),
             "threads": threads_per_worker,
             "run_folder": str(run_folder),
         },
@@ -173,20 +173,15 @@ def train(
     return metrics
 
 
-def tokenise(task: TrainTask, kept: ray.ObjectRef[TrainTask]) -> list[ray.ObjectRef[pa.Table | None]]:
-    """Shards of the tokens of a large training set's texts, Arrow tables in the cluster's memory; none of a small one.
-
-    Args:
-        task: what is trained.
-        kept: the same in the cluster's memory.
-    """
+def tokenise(task: TrainTask) -> list[ray.ObjectRef[pa.Table | None]]:
+    """Shards of the tokens of a large training set's texts, tables in the cluster's memory; none of a small one."""
     queries = sorted({instance.query for instance in task.instances})
     products = sorted({product for instance in task.instances for product in (*instance.products, *instance.contrasts)})
     if len(queries) + len(products) < TOKENISED_FROM:
         return []
     shard = ray.remote(_token_shard).options(num_cpus=1)
     shards = [
-        shard.remote(kept, ray.put(texts[start : start + TEXTS_PER_SHARD]), side)
+        shard.remote(task.start, task.encoder, texts[start : start + TEXTS_PER_SHARD], side)
         for side, texts in (("query", queries), ("document", products))
         for start in range(0, len(texts), TEXTS_PER_SHARD)
     ]
@@ -195,11 +190,13 @@ def tokenise(task: TrainTask, kept: ray.ObjectRef[TrainTask]) -> list[ray.Object
     return shards
 
 
-def _token_shard(task: TrainTask, texts: Sequence[str], side: Literal["query", "document"]) -> pa.Table | None:
+def _token_shard(
+    start: str, encoder: EncoderRecipe, texts: Sequence[str], side: Literal["query", "document"]
+) -> pa.Table | None:
     from embeddings.token_cache import token_shard
     from ray_apps.train_worker import blank
 
-    return token_shard(blank(task, "cpu"), texts, side)
+    return token_shard(blank(start, encoder, "cpu"), texts, side)
 
 
 def drop_checkpoints(storage: str, name: str) -> None:

@@ -37,11 +37,9 @@ def save_pretrained(encoder: EncoderRecipe, text: TextRecipe, folder: str) -> No
     save_encoder(build_pretrained(encoder), folder, card)
 
 
-def blank(task: TrainTask, device: str) -> SentenceTransformer:
-    """The encoder that a run starts from."""
-    if task.start:
-        return load_encoder(task.start, device=device)[0]
-    return build_encoder(task.encoder, device=device)
+def blank(start: str, encoder: EncoderRecipe, device: str) -> SentenceTransformer:
+    """The encoder that a run starts from, of those names in `TrainTask`."""
+    return load_encoder(start, device=device)[0] if start else build_encoder(encoder, device=device)
 
 
 class TrainWorker:
@@ -85,7 +83,7 @@ class TrainWorker:
         self.trackers: Sequence[Tracker] = ()
 
     def _blank(self) -> SentenceTransformer:
-        return blank(self.task, str(self.device))
+        return blank(self.task.start, self.task.encoder, str(self.device))
 
     def _other(self) -> SentenceTransformer:
         """The encoder whose weights are mixed into what is published."""

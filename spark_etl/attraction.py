@@ -65,11 +65,11 @@ def fit_classes(seen_NJ: NDArray[np.float64], due_NJ: NDArray[np.float64]) -> Pa
 
     Args:
         seen_NJ: events.
-        due_NJ: events that query and place let expect.
+        due_NJ: events that query and place let expect, above 0.
     """
     order_N = np.lexsort(np.concatenate([seen_NJ, due_NJ], axis=1).T)
     # in an order of their own: sums are then the same whatever order the rows came in
-    seen_NJ, due_NJ = seen_NJ[order_N], np.maximum(due_NJ[order_N], _LEAST_DUE)
+    seen_NJ, due_NJ = seen_NJ[order_N], due_NJ[order_N]
     num_kinds = seen_NJ.shape[1]
     first_KJ = np.repeat(np.geomspace(*_FIRST_LIFTS, NUM_CLASSES)[:, None], num_kinds, axis=1)
     best = _fit(seen_NJ, due_NJ, _FIRST_SHAPE, np.full(NUM_CLASSES, 1 / NUM_CLASSES), first_KJ)
@@ -150,20 +150,17 @@ def with_attraction(pairs: DataFrame, kinds: Sequence[str], most: float = 1.0) -
 def _samples(known: DataFrame, kinds: Sequence[str]) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Of each data set, events and expected events of up to about MAX_SAMPLE pairs, drawn by a hash of their keys."""
     sizes = {row["dataset"]: row["count"] for row in known.groupBy("dataset").count().collect()}
-    if not sizes:
-        return {}
-    kept = {dataset: min(_BUCKETS, _BUCKETS * MAX_SAMPLE // size) for dataset, size in sizes.items()}
-    bound = reduce(
-        lambda rest, one: sf.when(sf.col("dataset") == one[0], one[1]).otherwise(rest), kept.items(), sf.lit(0)
-    )
-    drawn = known.where(sf.pmod(sf.xxhash64("query_id", "product_id"), sf.lit(_BUCKETS)) < bound)
+    kept = [(dataset, min(_BUCKETS, _BUCKETS * MAX_SAMPLE // size)) for dataset, size in sizes.items()]
+    bounds = sf.broadcast(known.sparkSession.createDataFrame(kept, "dataset string, bound bigint"))
+    bucket = sf.pmod(sf.xxhash64("query_id", "product_id"), sf.lit(_BUCKETS))
+    drawn = known.join(bounds, on="dataset").where(bucket < sf.col("bound"))
     seen = [sf.col(name).cast("double").alias(name) for name in kinds]
     table = drawn.select("dataset", *seen, *(_due(name).alias(f"{name}_due") for name in kinds)).toArrow()
     number_ND = np.stack([column.to_numpy() for column in table.drop_columns("dataset").itercolumns()], axis=1)
     dataset_N = table["dataset"].to_numpy()
     return {
         dataset: (number_ND[rows, : len(kinds)], number_ND[rows, len(kinds) :])
-        for dataset in kept
+        for dataset in sizes
         if len(rows := np.flatnonzero(dataset_N == dataset))
     }
 

@@ -105,18 +105,7 @@ def test_places_of_roberta_begin_behind_the_paddings(folder):
 
     model = model_of(folder)
     own = backbones_of(model)[0].model.config
-    backbones_of(model)[0].model = XLMRobertaModel(
-        XLMRobertaConfig(
-            vocab_size=own.vocab_size,
-            hidden_size=own.hidden_size,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=64,
-            type_vocab_size=2,
-            pad_token_id=0,
-        )
-    )
+    backbones_of(model)[0].model = XLMRobertaModel(XLMRobertaConfig(**own.to_dict()))
     model.eval()
     assert first_place(model, "document") == 1
     features = tokenize(model, TEXTS, "document")

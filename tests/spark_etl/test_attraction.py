@@ -107,6 +107,7 @@ def test_odd_data_sets(spark):
     assert 0.3 < found["one", "p0"] <= 0.99
     assert 0.9 < found["always", "p0"] <= 0.99
     assert set(with_attraction(mixed, KINDS).columns) == {*frame.columns, "attraction"}
+    assert set(by_product(with_attraction(unseen, KINDS)).values()) == {None}
 
 
 def test_classes_of_a_large_data_set_come_of_a_sample(spark):
