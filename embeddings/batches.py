@@ -111,8 +111,9 @@ class Instance:
         grades: int8, one per product; -1 where shares alone are known.
         shares: of raters, or probabilities, at or above grades 1 and 2, [P, 2]; None for those of clean grades.
         left_out: texts that are graded too, but not to be learned from or not drawn for the step.
-        contrasts: texts that nobody graded: to the losses that read products of other queries (`LossTerm.in_batch` and
-            `background`) such products, under their own query too; no other loss sees them.
+        contrasts: texts without a grade, some of which may be products of which shares alone are known: to the losses
+            that read products of other queries (`LossTerm.in_batch` and `background`) such products, under their own
+            query too; losses over grades do not see them.
     """
 
     key: tuple[str, str]
@@ -129,6 +130,12 @@ class Instance:
         if self.shares is not None:
             return self.shares
         return (self.grades[:, None] >= np.array([1, 2])).astype(np.float32)
+
+    @property
+    def own_texts(self) -> list[str]:
+        """Texts that are no negatives of the query, whichever query of a step they are there for."""
+        contrasts = set(self.contrasts)
+        return [text for text in (*self.products, *self.left_out) if text not in contrasts]
 
 
 class Elsewhere(NamedTuple):
@@ -184,7 +191,7 @@ class InstanceSampler:
         instances: those without a contrast, and those past the recipe's shares, are left out and counted in the log.
         recipe: size and make-up of a step.
         seed: decides the order and the draws, together with epoch and key of the query.
-        needs_contrast: False where products of other queries are the contrast of every loss: then an instance with any
+        needs_contrast: False where a loss has products of other queries for a contrast: then an instance with any
             positive among what may be drawn counts.
         encode: normalised vectors of queries, asked for once, here, where the recipe wants steps of alike queries.
         count: tokens of texts of a side, asked for once, here, where the recipe limits them.
@@ -418,13 +425,13 @@ def collate(instances: Sequence[Instance]) -> StepBatch:
             document_index_QP[row, column] = documents.setdefault(text, len(documents))
         grade_QP[row, : len(instance.grades)] = instance.grades
         share_QP2[row, : len(instance.grades)] = instance.known_shares
-    # in no instance's columns: they are foreign to every query, their own too
+    # foreign to every query, their own too
     for text in (text for instance in instances for text in instance.contrasts):
         documents.setdefault(text, len(documents))
     # a query of two data sets is one text, and what either grades under it is not foreign to the other
     is_foreign_UU = np.ones((len(queries), len(documents)), dtype=bool)
     for row, instance in enumerate(instances):
-        own = [documents[text] for text in (*instance.products, *instance.left_out) if text in documents]
+        own = [documents[text] for text in instance.own_texts if text in documents]
         is_foreign_UU[query_index_Q[row], own] = False
     is_foreign_QU = is_foreign_UU[query_index_Q]
     texts = list(queries), list(documents)
@@ -443,7 +450,7 @@ def collate_part(parts: Sequence[Sequence[Instance]], rank: int) -> StepBatch:
     seen = set(own.document_texts)
     graded: list[set[str]] = [set() for _ in own.query_texts]
     for row, instance in enumerate(parts[rank]):
-        graded[own.query_index[row]].update((*instance.products, *instance.left_out))
+        graded[own.query_index[row]].update(instance.own_texts)
     for worker, batch in enumerate(batches):
         for row, text in enumerate(batch.document_texts):
             if text not in seen:

@@ -316,7 +316,7 @@ class TrainRecipe:
     @property
     def needs_contrast(self) -> bool:
         """Whether a query without products of two grades teaches nothing: no loss brings others beside its own."""
-        return not all(term.reads_others for term in self.terms)
+        return not any(term.reads_others for term in self.terms)
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:

@@ -62,10 +62,12 @@ class ComparedStage:
     leave_out: train_encoder.LeftOut = ()
     soft: train_encoder.Soft = ()
     filtered_negatives: train_encoder.FilteredNegatives = train_encoder.FilteredNegatives()
+    synthetic_queries: train_encoder.SyntheticQueries = 0
 
     def __post_init__(self) -> None:
         train_encoder.check_left_out(self.leave_out)
         train_encoder.check_soft(self.soft, self.train)
+        train_encoder.check_in_batch(self.train, self.filtered_negatives, self.synthetic_queries)
         if self.mixes == "before" and not self.train.mixed_share:
             raise ValueError("mixes=before: nothing of it would be mixed in; give train.mixed_share")
 
@@ -297,6 +299,7 @@ def _stage_config(
             leave_out=stage.leave_out,
             soft=stage.soft,
             filtered_negatives=stage.filtered_negatives,
+            synthetic_queries=stage.synthetic_queries,
         ),
         placement=config.placement.train,
     )

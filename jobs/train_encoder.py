@@ -16,11 +16,12 @@ from embeddings.batches import UNGRADED, Instance
 from embeddings.lexical import CatalogText, sample_catalog
 from embeddings.mining import at_share
 from embeddings.recipes import CARD_FILE, EncoderRecipe, TrainRecipe, read_card
-from embeddings.text import FIELDS, TextRecipe, normalise_query, product_texts
+from embeddings.synthetic_queries import QueryWriter, write_queries
+from embeddings.text import FIELDS, TextRecipe, normal_form, normalise_query, product_texts
 from jobs import job, labelling
 from lake import tables
 from lake.runs import Run, RunRecord
-from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, JUDGES, MINED_PAIR, QUERY, SOURCES
+from lake.schemas import ANNOTATION_CONSENSUS, CATALOG_PRODUCT, JUDGES, MINED_PAIR, QUERY, SOURCES, Grade
 from lake.storage import Lake
 from ray_apps.cluster import RayPlacement, connect
 from ray_apps.placements import Sharding
@@ -95,6 +96,17 @@ Soft = Annotated[
 ]
 
 
+SyntheticQueries = Annotated[
+    int,
+    meaning(
+        "queries written from titles of the catalogue by what people's queries take from theirs, beside the graded "
+        "ones; each has its product alone, presumed to be of the best grade",
+        "queries",
+        ge=0,
+    ),
+]
+
+
 def check_soft(soft: Sequence[str], train: TrainRecipe) -> None:
     """Raises ValueError for what is no source, or what no loss would read."""
     if unknown := [entry for entry in soft if entry not in ALL_SOURCES]:
@@ -106,6 +118,15 @@ def check_soft(soft: Sequence[str], train: TrainRecipe) -> None:
         )
     if soft and not any(term.reads_shares for term in train.terms):
         raise ValueError("soft: expected a loss that reads probabilities; add listwise_kl, margin_mse or ordinal_kl")
+
+
+def check_in_batch(train: TrainRecipe, negatives: FilteredNegatives, synthetic_queries: int) -> None:
+    """Raises ValueError for what in-batch losses alone could learn from where there is none."""
+    if any(term.in_batch for term in train.terms):
+        return
+    for name, wanted in (("filtered_negatives", negatives.per_query), ("synthetic_queries", synthetic_queries)):
+        if wanted:
+            raise ValueError(f"{name}: expected a loss that reads them; give a term of train.loss in_batch=true")
 
 
 def check_left_out(leave_out: Sequence[str]) -> None:
@@ -130,14 +151,12 @@ class EncoderTrainingRecipe:
     filtered_negatives: Annotated[FilteredNegatives, meaning("ungraded products beside the graded")] = (
         FilteredNegatives()
     )
+    synthetic_queries: SyntheticQueries = 0
 
     def __post_init__(self) -> None:
         check_left_out(self.leave_out)
         check_soft(self.soft, self.train)
-        if self.filtered_negatives.per_query and not any(term.in_batch for term in self.train.terms):
-            raise ValueError(
-                "filtered_negatives: expected a loss that reads them; give a term of train.loss in_batch=true"
-            )
+        check_in_batch(self.train, self.filtered_negatives, self.synthetic_queries)
 
 
 @settings
@@ -196,6 +215,8 @@ def run(config: Config) -> RunRecord:
     instances = [_train_instance(row, products, config.recipe.leave_out, config.recipe.soft) for row in rows]
     if config.recipe.filtered_negatives.per_query:
         instances = _with_negatives(instances, current, products, config.recipe.filtered_negatives)
+    if config.recipe.synthetic_queries:
+        instances += _synthetic_instances(rows, current, products, config.recipe)
     if encoder.length_percentile:
         # sentence-transformers takes seconds to load
         from embeddings.encoder import fit_lengths
@@ -291,7 +312,7 @@ def _products(current: Run, recipe: TextRecipe) -> Products:
 def _with_negatives(
     instances: Sequence[Instance], current: Run, products: Products, recipe: FilteredNegatives
 ) -> list[Instance]:
-    """The instances with their nearest mined products that stay below the ceiling, as contrasts."""
+    """The instances with their nearest mined products that have no grade and stay below the ceiling, as contrasts."""
     names = ["dataset", "query_id", "product_id", "rank", "score", "lowest_positive"]
     version = int(current.inputs["mined_pair"])
     mined = tables.rows(current.lake, MINED_PAIR, version=version, columns=names).sort_by("rank").to_pylist()
@@ -302,12 +323,35 @@ def _with_negatives(
             nearest[pair["dataset"], pair["query_id"]].append(product.text)
     found = []
     for instance in instances:
-        graded = {*instance.products, *instance.left_out}
+        pairs = zip(instance.products, instance.grades, strict=True)
+        graded = {*instance.left_out, *(text for text, grade in pairs if grade != UNGRADED)}
         fresh = dict.fromkeys(text for text in nearest[instance.key] if text not in graded)
         found.append(dataclasses.replace(instance, contrasts=list(fresh)[: recipe.per_query]))
     with_any = sum(bool(instance.contrasts) for instance in found)
     log.info("train_encoder: mined negatives beside %d of %d instances", with_any, len(found))
     return found
+
+
+def _synthetic_instances(
+    rows: Sequence[Mapping[str, Any]], current: Run, products: Products, recipe: EncoderTrainingRecipe
+) -> list[Instance]:
+    """Written queries, each with its product; none that people asked, whatever its split."""
+    pairs = [
+        (row["query"], product.title)
+        for row in rows
+        for product_id, source, grade in zip(row["product_ids"], row["sources"], row["grades"], strict=True)
+        if source in JUDGES and grade == Grade.EXACT and (product := products.get((row["dataset"], product_id)))
+    ]
+    asked = {normal_form(text) for text in labelling.read(current, QUERY, ["text"])["text"].to_pylist()}
+    titles = sorted((key, product.title) for key, product in products.items() if product.text)
+    written = write_queries(QueryWriter(pairs), titles, recipe.synthetic_queries, recipe.train.seed)
+    fresh = [(key, query) for key, query in written if query not in asked]
+    log.info("train_encoder: %d queries written from %d titles, as of %d pairs", len(fresh), len(titles), len(pairs))
+    grade_P = np.array([Grade.EXACT], dtype=np.int8)
+    return [
+        Instance((dataset, f"written:{product_id}:{query}"), query, [products[dataset, product_id].text], grade_P)
+        for (dataset, product_id), query in fresh
+    ]
 
 
 def _lexical_sample(products: Products, recipe: TrainRecipe) -> list[CatalogText]:

@@ -189,6 +189,34 @@ def test_an_instance_of_products_without_a_grade_teaches_no_order():
         assert [one.key for one in sampler.instances] == [instance(0, [2, 0]).key]
 
 
+def test_a_product_of_shares_alone_may_be_a_contrast_of_its_query_drawn_or_not():
+    bare = dataclasses.replace(
+        instance(1, [2, 0, 0, 0]),
+        grades=np.array([2, -1, -1, -1], dtype=np.int8),
+        shares=np.full((4, 2), 0.5, dtype=np.float32),
+    )
+    contrast, *rest = bare.products[1:]
+    bare = dataclasses.replace(bare, contrasts=[contrast])
+    recipe = BatchRecipe(queries_per_step=1, soft_per_query=1)
+    sampler = InstanceSampler([bare], recipe, seed=0, needs_contrast=False)
+    seen = set()
+    for step in range(8):
+        (drawn,) = sampler.step_instances(step, 0, 1)
+        batch = collate([drawn])
+        foreign = [
+            text for text, is_foreign in zip(batch.document_texts, batch.is_foreign[0], strict=True) if is_foreign
+        ]
+        assert foreign == [contrast]
+        assert len(batch.document_texts) == len(set(batch.document_texts)) <= 3
+        seen.update(drawn.products[1:])
+    assert seen == {contrast, *rest}
+
+    others = [dataclasses.replace(instance(0, [2]), products=[text]) for text in (contrast, rest[0])]
+    batch = collate_part([[bare], others], 0)
+    column = batch.document_texts.index(contrast)
+    assert batch.is_foreign[0].tolist() == [place == column for place in range(batch.is_foreign.shape[1])]
+
+
 def test_another_worker_s_contrasts_are_foreign_here_too():
     parts = [
         [dataclasses.replace(instance(0, [2, 0]), contrasts=["near"])],

@@ -210,6 +210,21 @@ def test_in_batch_negatives_hold_the_scale_down(build):
 
 
 # what reads other queries' products sees those of its own worker alone
+@pytest.mark.parametrize(
+    ("terms", "needed"),
+    [
+        ([], True),
+        ([LossTerm(loss="circle"), LossTerm(loss="listwise_kl")], True),
+        ([IN_BATCH], False),
+        ([LossTerm(loss="pooled_logistic")], False),
+        # the one loss learns from a query of one grade, the other passes it over
+        ([LossTerm(loss="circle"), IN_BATCH], False),
+    ],
+)
+def test_a_query_of_one_grade_is_drawn_where_any_loss_brings_other_queries_products(terms, needed):
+    assert TrainRecipe(loss=LossRecipe(terms=tuple(terms))).needs_contrast == needed
+
+
 OWN_ONLY = LossRecipe(terms=tuple(term for term in EVERY_LOSS.terms if not term.reads_others))
 
 

@@ -13,7 +13,7 @@ import torch
 from deltalake import write_deltalake
 
 from conf.load import ConfigError, load_job
-from embeddings.batches import BatchRecipe
+from embeddings.batches import UNGRADED, BatchRecipe
 from embeddings.encoder import encode, load_encoder, save_encoder
 from embeddings.index_recipe import IndexRecipe
 from embeddings.lexical import CatalogText
@@ -439,6 +439,18 @@ def test_mined_products_below_the_ceiling_are_contrasts_without_a_grade(chain):
     assert 0 < sum(map(len, below.values())) < len(mined)
     assert contrasts(per_query=1) == {key: texts[:1] for key, texts in below.items()}
 
+    # where the labeller's probabilities of mined products are learned from, such products have no grade either
+    key, (text, *_) = next((key, texts) for key, texts in below.items() if texts)
+    for given, expected in ((UNGRADED, True), (0, False)):
+        own = next(instance for instance in instances if instance.key == key)
+        more = dataclasses.replace(
+            own, products=[*own.products, text], grades=np.append(own.grades, np.int8(given)), shares=None
+        )
+        (found,) = train_encoder._with_negatives(
+            [more], current, products, train_encoder.FilteredNegatives(per_query=100)
+        )
+        assert (text in found.contrasts) == expected
+
 
 def test_the_lowest_positive_is_the_lowest_of_the_best_grade(chain):
     lake, records = chain
@@ -460,9 +472,43 @@ def test_the_lowest_positive_is_the_lowest_of_the_best_grade(chain):
         assert row["lowest_positive"] == pytest.approx(cosine.min(), abs=2e-2)
 
 
-def test_mined_negatives_that_no_loss_reads_are_refused():
+def test_written_queries_have_their_product_alone_and_are_none_that_people_asked(chain):
+    lake, _ = chain
+    current = train_encoder.job.begin(train_encoder.Config(lake=lake.root), "train_encoder")
+    asked = set(tables.rows(lake, QUERY)["text"].to_pylist())
+    # "red lamp" is a query of the lake, so that a title of these two words and another writes it at times
+    titles = {("toy", f"x{number}"): f"Acme red lamp tall{number}" for number in range(40)}
+    products = {key: CatalogText(f"{title}, by Acme", title) for key, title in titles.items()}
+    rows = [
+        *[{"dataset": "toy", "query": "red lamp", "product_ids": ["x0"], "sources": ["human"], "grades": [2]}] * 20,
+        # neither what a labeller says nor a lower grade teaches what is typed
+        {"dataset": "toy", "query": "acme", "product_ids": ["x1"], "sources": ["mined"], "grades": [2]},
+        {"dataset": "toy", "query": "acme", "product_ids": ["x2", "gone"], "sources": ["human"] * 2, "grades": [1, 2]},
+    ]
+    loss = LossRecipe(terms=(LossTerm(loss="infonce", in_batch=True),))
+    recipe = train_encoder.EncoderTrainingRecipe(train=TrainRecipe(loss=loss), synthetic_queries=60)
+
+    found = train_encoder._synthetic_instances(rows, current, products, recipe)
+
+    assert 5 < len(found) < 60
+    assert "red lamp" in asked
+    assert not {instance.query for instance in found} & asked
+    assert len({instance.key for instance in found}) == len(found)
+    for instance in found:
+        title = titles[instance.key[0], instance.key[1].split(":")[1]]
+        assert set(instance.query.split()) <= set(title.lower().split())
+        assert (list(instance.products), instance.grades.tolist()) == ([f"{title}, by Acme"], [2])
+    words = [word for instance in found for word in instance.query.split()]
+    assert words.count("lamp") > 2 * words.count("acme")
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"filtered_negatives": train_encoder.FilteredNegatives(per_query=1)}, {"synthetic_queries": 1}]
+)
+@pytest.mark.parametrize("recipe", [train_encoder.EncoderTrainingRecipe, compare_recipes.ComparedStage])
+def test_what_no_loss_reads_is_refused(recipe, wanted):
     with pytest.raises(ValueError, match="in_batch=true"):
-        train_encoder.EncoderTrainingRecipe(filtered_negatives=train_encoder.FilteredNegatives(per_query=1))
+        recipe(**wanted)
 
 
 @pytest.mark.slow
@@ -502,6 +548,7 @@ def test_recipes_are_trained_at_one_budget_and_held_against_the_reference(chain)
                                 batch=BatchRecipe(queries_per_step=4, max_per_grade=(2, 0, 1)),
                             ),
                             filtered_negatives=train_encoder.FilteredNegatives(per_query=2),
+                            synthetic_queries=5,
                         ),
                     ),
                 ),
