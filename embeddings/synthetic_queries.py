@@ -52,8 +52,8 @@ class QueryWriter:
         typed_at, seen_at = np.zeros(PLACES), np.zeros(PLACES)
         lengths: Counter[int] = Counter()
         for query, title in pairs:
-            asked, held = set(_words(query)), _words(title)
-            lengths[min(max(len(_words(query)), MIN_WORDS), MAX_WORDS)] += 1
+            asked, held = _words(query), _words(title)
+            lengths[min(max(len(asked), MIN_WORDS), MAX_WORDS)] += 1
             for word, place in zip(held, _places(len(held)), strict=True):
                 seen[word] += 1
                 seen_at[place] += 1

@@ -46,7 +46,7 @@ class Inputs:
 
 
 @settings
-class ComparedStage:
+class ComparedStage(train_encoder.LearnedFrom):
     """One training of a recipe; a later one goes on from the encoder of the one before, or is mixed with it."""
 
     share: Annotated[float, meaning("of the budget; the shares of a recipe sum to 1", gt=0, le=1)] = 1.0
@@ -59,15 +59,9 @@ class ComparedStage:
     train: Annotated[
         TrainRecipe, meaning("its stage says which instances it learns from; its seed is added to the comparison's")
     ] = TrainRecipe()
-    leave_out: train_encoder.LeftOut = ()
-    soft: train_encoder.Soft = ()
-    filtered_negatives: train_encoder.FilteredNegatives = train_encoder.FilteredNegatives()
-    synthetic_queries: train_encoder.SyntheticQueries = 0
 
     def __post_init__(self) -> None:
-        train_encoder.check_left_out(self.leave_out)
-        train_encoder.check_soft(self.soft, self.train)
-        train_encoder.check_in_batch(self.train, self.filtered_negatives, self.synthetic_queries)
+        super().__post_init__()
         if self.mixes == "before" and not self.train.mixed_share:
             raise ValueError("mixes=before: nothing of it would be mixed in; give train.mixed_share")
 
@@ -282,6 +276,7 @@ def _stage_config(
     )
     names = ("training_instance", "query", "catalog_product", "annotation_consensus")
     pinned = {name: current.inputs[name] for name in names}
+    learned = {field.name: getattr(stage, field.name) for field in dataclasses.fields(train_encoder.LearnedFrom)}
     if stage.filtered_negatives.per_query:
         pinned["mined_pair"] = current.inputs["mined_pair"]
     return train_encoder.Config(
@@ -295,11 +290,7 @@ def _stage_config(
         recipe=train_encoder.EncoderTrainingRecipe(
             encoder=recipe.encoder or config.recipe.encoder,
             text=recipe.text or config.recipe.text,
-            train=train,
-            leave_out=stage.leave_out,
-            soft=stage.soft,
-            filtered_negatives=stage.filtered_negatives,
-            synthetic_queries=stage.synthetic_queries,
+            **learned | {"train": train},
         ),
         placement=config.placement.train,
     )

@@ -107,7 +107,7 @@ SyntheticQueries = Annotated[
 ]
 
 
-def check_soft(soft: Sequence[str], train: TrainRecipe) -> None:
+def _check_soft(soft: Sequence[str], train: TrainRecipe) -> None:
     """Raises ValueError for what is no source, or what no loss would read."""
     if unknown := [entry for entry in soft if entry not in ALL_SOURCES]:
         raise ValueError(f"soft={unknown[0]!r}: expected one of {', '.join(ALL_SOURCES)}")
@@ -120,16 +120,17 @@ def check_soft(soft: Sequence[str], train: TrainRecipe) -> None:
         raise ValueError("soft: expected a loss that reads probabilities; add listwise_kl, margin_mse or ordinal_kl")
 
 
-def check_in_batch(train: TrainRecipe, negatives: FilteredNegatives, synthetic_queries: int) -> None:
+def _check_in_batch(recipe: LearnedFrom) -> None:
     """Raises ValueError for what in-batch losses alone could learn from where there is none."""
-    if any(term.in_batch for term in train.terms):
+    wanted = {"filtered_negatives": recipe.filtered_negatives.per_query, "synthetic_queries": recipe.synthetic_queries}
+    if any(term.in_batch for term in recipe.train.terms):
         return
-    for name, wanted in (("filtered_negatives", negatives.per_query), ("synthetic_queries", synthetic_queries)):
-        if wanted:
+    for name, number in wanted.items():
+        if number:
             raise ValueError(f"{name}: expected a loss that reads them; give a term of train.loss in_batch=true")
 
 
-def check_left_out(leave_out: Sequence[str]) -> None:
+def _check_left_out(leave_out: Sequence[str]) -> None:
     """Raises ValueError for what is neither a source nor a source and a grade."""
     for entry in leave_out:
         source, _, grade = entry.partition(":")
@@ -140,11 +141,9 @@ def check_left_out(leave_out: Sequence[str]) -> None:
 
 
 @settings
-class EncoderTrainingRecipe:
-    """What is trained and how. A run that goes on from a model takes texts and limits from that model's card."""
+class LearnedFrom:
+    """One training, and what of the lake it learns from."""
 
-    encoder: EncoderRecipe = EncoderRecipe()
-    text: TextRecipe = TextRecipe()
     train: TrainRecipe = TrainRecipe()
     leave_out: LeftOut = ()
     soft: Soft = ()
@@ -154,9 +153,17 @@ class EncoderTrainingRecipe:
     synthetic_queries: SyntheticQueries = 0
 
     def __post_init__(self) -> None:
-        check_left_out(self.leave_out)
-        check_soft(self.soft, self.train)
-        check_in_batch(self.train, self.filtered_negatives, self.synthetic_queries)
+        _check_left_out(self.leave_out)
+        _check_soft(self.soft, self.train)
+        _check_in_batch(self)
+
+
+@settings
+class EncoderTrainingRecipe(LearnedFrom):
+    """What is trained and how. A run that goes on from a model takes texts and limits from that model's card."""
+
+    encoder: EncoderRecipe = EncoderRecipe()
+    text: TextRecipe = TextRecipe()
 
 
 @settings

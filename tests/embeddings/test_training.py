@@ -209,7 +209,6 @@ def test_in_batch_negatives_hold_the_scale_down(build):
     assert abs(other_queries(loss=LossRecipe(terms=anchored, background_cosine=0.0))) < alone - 0.05
 
 
-# what reads other queries' products sees those of its own worker alone
 @pytest.mark.parametrize(
     ("terms", "needed"),
     [
@@ -225,6 +224,7 @@ def test_a_query_of_one_grade_is_drawn_where_any_loss_brings_other_queries_produ
     assert TrainRecipe(loss=LossRecipe(terms=tuple(terms))).needs_contrast == needed
 
 
+# what reads other queries' products sees those of its own worker alone
 OWN_ONLY = LossRecipe(terms=tuple(term for term in EVERY_LOSS.terms if not term.reads_others))
 
 
